@@ -1,0 +1,279 @@
+"""What an engine is asked and what it answers: plain frozen values and one small protocol.
+
+The same values travel in process (SDK), over the worker's socket (JSON) and out of both public
+interfaces, so a request is parsed and checked once, at the edge, by `GenerateRequest.from_dict`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Protocol, Self
+
+from ai_assistant.errors import InvalidArgument
+
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One generation: either `messages` (chat, rendered with the model's own template) or `prompt` (raw text)."""
+
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """OpenAI chat messages: role system | user | assistant | tool, content text or text parts."""
+    prompt: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """OpenAI tool definitions: {"type": "function", "function": {"name", "description", "parameters"}}."""
+    tool_choice: str = "auto"
+    """none | auto | required | the name of one function."""
+    response_schema: Mapping[str, Any] | None = None
+    """A JSON schema that the whole answer must match; {} means any JSON object."""
+    max_tokens: int | None = None
+    """None: until the model stops or its context is full."""
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logprobs: int | None = None
+    """None: off; n: each token's log-probability and the n likeliest alternatives (0–20)."""
+
+    def __post_init__(self) -> None:
+        if (self.messages is None) == (self.prompt is None):
+            raise InvalidArgument("give either messages or a prompt", param="messages")
+        if self.messages is not None and not self.messages:
+            raise InvalidArgument("messages is empty", param="messages")
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            # NaN compares false with everything, so the test is for being inside.
+            if not (low <= value <= high) or not math.isfinite(value):
+                raise InvalidArgument(f"{name} must be between {low} and {high}, not {value}", param=name)
+        if len(self.stop) > MAX_STOPS or any(not each for each in self.stop):
+            raise InvalidArgument(f"stop takes at most {MAX_STOPS} non-empty strings", param="stop")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Check types and ranges of an untrusted mapping; unknown keys are errors.
+
+        Raises:
+            InvalidArgument: with the parameter's name.
+        """
+        known = {each.name for each in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise InvalidArgument(f"unknown parameter {str(key)[:80]!r}", param=str(key)[:80])
+        clean: dict[str, Any] = {}
+        for key, value in values.items():
+            if value is None:
+                continue
+            clean[key] = _checked(key, value)
+        return cls(**clean)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; fields at their defaults are left out."""
+        out: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value != each.default:
+                out[each.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("max_tokens", 1, 10_000_000),
+    ("seed", -(2**63), 2**63 - 1),
+    ("temperature", 0.0, 2.0),
+    ("top_p", 0.0, 1.0),
+    ("top_k", 0, 1_000_000),
+    ("min_p", 0.0, 1.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("logprobs", 0, MAX_LOGPROBS),
+)
+_INTEGERS = frozenset({"max_tokens", "seed", "top_k", "logprobs"})
+_FLOATS = frozenset({"temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty"})
+
+
+def _checked(key: str, value: Any) -> Any:
+    if key in _INTEGERS:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidArgument(f"{key} must be an integer", param=key)
+        return value
+    if key in _FLOATS:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidArgument(f"{key} must be a number", param=key)
+        return float(value)
+    if key in ("prompt", "tool_choice"):
+        if not isinstance(value, str):
+            raise InvalidArgument(f"{key} must be a string", param=key)
+        return value
+    if key == "response_schema":
+        if not isinstance(value, Mapping):
+            raise InvalidArgument("response_schema must be an object", param=key)
+        return value
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise InvalidArgument(f"{key} must be a list", param=key)
+    wanted: type = str if key == "stop" else Mapping
+    for index, each in enumerate(value):
+        if not isinstance(each, wanted):
+            kind = "a string" if wanted is str else "an object"
+            raise InvalidArgument(f"{key}[{index}] must be {kind}", param=f"{key}[{index}]")
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One sampled token: its text, raw bytes, natural log-probability, and the likeliest alternatives."""
+
+    token: str
+    bytes: tuple[int, ...]
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    name: str
+    arguments: str
+    """A JSON object as text, as the OpenAI interface has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer cost. Times in seconds; energy in joules, None where nothing measures it."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    energy_j: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of the answer; text may be empty while a multi-byte character is incomplete."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a generation that was not cancelled and did not fail."""
+
+    reason: FinishReason
+    usage: Usage
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+Event = Chunk | Finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a loaded or inspected model says of itself. Sizes in bytes, context in tokens."""
+
+    format: str
+    architecture: str
+    parameters: int
+    size_bytes: int
+    quantization: str
+    context_length: int
+    """What the model was trained for."""
+    has_chat_template: bool
+    can_embed: bool
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How to load. Zero means: choose by the machine and the model."""
+
+    context_length: int = 0
+    """Tokens per sequence."""
+    sequences: int = 4
+    """Generations that run at the same time."""
+    threads: int = 0
+    batch_tokens: int = 512
+    """Tokens per decode step."""
+    memory_limit_bytes: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Generation(Iterator[Event], Protocol):
+    """A running generation. Iterating blocks for the next event; it ends after `Finished`."""
+
+    def cancel(self) -> None:
+        """Stop within one decode step and free the slot; iteration then raises `Cancelled`."""
+
+
+class Engine(Protocol):
+    """A loaded model. Every method may be called from any thread."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def generate(self, request: GenerateRequest) -> Generation:
+        """Queue a generation.
+
+        Raises:
+            ContextOverflow, InvalidArgument: at once, before anything is queued.
+            Busy: the queue is full.
+        """
+
+    def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+        """Vectors (L2-normalised) in the order of `texts`, and the number of tokens read."""
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+    def close(self) -> None:
+        """Cancel what runs and free the model; idempotent."""
+
+
+def event_to_dict(event: Event) -> dict[str, Any]:
+    """JSON-ready form of an event, with its kind under "event"."""
+    kind = "chunk" if isinstance(event, Chunk) else "finished"
+    return {"event": kind, **asdict(event)}
+
+
+def event_from_dict(values: Mapping[str, Any]) -> Event:
+    """The inverse of `event_to_dict`; raises ValueError for anything else."""
+    try:
+        if values["event"] == "chunk":
+            return Chunk(values["text"], tuple(_logprob(each) for each in values.get("logprobs", ())))
+        if values["event"] == "finished":
+            return Finished(
+                FinishReason(values["reason"]),
+                Usage(**values["usage"]),
+                tuple(ToolCall(**each) for each in values.get("tool_calls", ())),
+            )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not an event: {error}") from error
+    raise ValueError(f"not an event: {values.get('event')!r}")
+
+
+def _logprob(values: Mapping[str, Any]) -> TokenLogprob:
+    return TokenLogprob(
+        values["token"],
+        tuple(values["bytes"]),
+        values["logprob"],
+        tuple(_logprob(each) for each in values.get("top", ())),
+    )
