@@ -1,0 +1,45 @@
+# `make help` lists the targets.
+SHELL := /bin/bash
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ai-assistant
+VENV := $(CACHE)/venv-$(shell cat requirements/check.txt 2>/dev/null | sha256sum | cut -c1-12)
+PROFILE ?= developer
+TOOLBOX := image/toolbox
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-long check image boot shell bench model lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: image ## from a fresh machine to an answer out of the booted appliance
+	@$(TOOLBOX) python3 -m image.container run --image "$$(image/build --print $(PROFILE))"
+
+test: ## everything: lint, types, unit, bus, appliance, one virtual machine
+	@tests/run
+
+check: $(VENV)/.ready ## lint, types and unit tests, in seconds
+	@tests/check $(VENV)
+
+image: ## build the image (PROFILE=developer, production or test)
+	@image/build $(PROFILE)
+
+boot: image ## boot the image in a virtual machine, its console here
+	@$(TOOLBOX) python3 -m image.vm boot --image "$$(image/build --print $(PROFILE))"
+
+shell: image ## a root shell in the appliance, with this checkout's Python
+	@$(TOOLBOX) python3 -m image.container shell --image "$$(image/build --print $(PROFILE))"
+
+bench: image ## measure the claims (BENCH=name for one)
+	@tests/overlay bench $(BENCH)
+
+model: ## train the built-in model again (under an hour on two cores)
+	@models/make
+
+lock: ## renew requirements/*.txt, with hashes and without addresses
+	@requirements/lock
+
+clean: ## remove build/; the caches in $XDG_CACHE_HOME/ai-assistant stay
+	rm -rf build
+
+$(VENV)/.ready: requirements/check.txt
+	@requirements/venv $(VENV) requirements/check.txt
