@@ -1,0 +1,6 @@
+"""`python -m ai_assistant` is the command line."""
+
+from ai_assistant.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,418 @@
+"""Clients of a running daemon: `Client` blocks, `AsyncClient` awaits, and both have the same methods.
+
+Models, jobs and the state of the machine go over D-Bus; generating and embedding go over the API
+socket. Each connection is made on first use, so a caller that has only one of the two can use its
+half. Every failure is one of `ai_assistant.errors`, whichever way it came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+from ai_assistant import _http, _wire
+from ai_assistant._loop import LoopThread
+from ai_assistant._results import (
+    Completion,
+    GenerateParams,
+    JobStatus,
+    Message,
+    Model,
+    SelfTestResult,
+    default_model,
+)
+from ai_assistant._streams import AsyncTextStream, TextStream
+from ai_assistant._transport import DEFAULT_TIMEOUT_S, socket_path
+from ai_assistant.engines.contract import GenerateRequest
+from ai_assistant.errors import InvalidArgument, NoSuchModel, Timeout
+
+if TYPE_CHECKING:
+    from ai_assistant._manager import Manager
+
+Messages = str | Sequence[Mapping[str, Any]]
+"""A conversation, or one user message."""
+
+
+RAW_MAX_TOKENS = 128
+"""What a raw prompt gets when max_tokens is not given: raw text has no natural end."""
+
+
+def chat_request(messages: Messages, params: Mapping[str, Any]) -> GenerateRequest:
+    """
+    Raises:
+        InvalidArgument: with the parameter's name.
+    """
+    conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    return GenerateRequest.from_dict({**params, "messages": conversation})
+
+
+def prompt_request(prompt: str, params: Mapping[str, Any]) -> GenerateRequest:
+    if not isinstance(prompt, str):
+        raise InvalidArgument("prompt must be a string", hint="for a conversation use chat", param="prompt")
+    return GenerateRequest.from_dict({"max_tokens": RAW_MAX_TOKENS, **params, "prompt": prompt})
+
+
+def embed_body(model: str, texts: Sequence[str]) -> dict[str, Any]:
+    if isinstance(texts, str) or not all(isinstance(each, str) for each in texts):
+        raise InvalidArgument("texts must be a list of strings", param="texts")
+    return {"model": model, "input": list(texts), "encoding_format": "float"}
+
+
+def served_default(rows: Any) -> str:
+    """The default among the rows of /v1/models."""
+    listed = [
+        Model(
+            name=str(row.get("id", "")),
+            state=str(row.get("state", "")),
+            created=int(row.get("created") or 0),
+            builtin=bool(row.get("builtin", str(row.get("id", "")).startswith("assistant:"))),
+            transient=bool(row.get("transient", False)),
+        )
+        for row in rows
+    ]
+    found = default_model(listed)
+    if found is None:
+        raise NoSuchModel("there is no model", hint="import one: ai-assistant model import FILE")
+    return found.name
+
+
+def _manager(address: str | None) -> Manager:
+    from ai_assistant._manager import Manager  # the bus library costs 0.1 s and is not always needed
+
+    return Manager(address)
+
+
+class Job:
+    """A long piece of work in the daemon. It goes on when nobody watches, until it ends or is cancelled."""
+
+    def __init__(self, client: Client, path: str) -> None:
+        self._client = client
+        self.path = path
+
+    def status(self) -> JobStatus:
+        status: JobStatus = self._client._run("job", self.path)
+        return status
+
+    def watch(self) -> Iterator[JobStatus]:
+        """Its state now and after each change; the last one has ended."""
+        changes = self._client._manager.watch_job(self.path)
+        try:
+            while (status := self._client._loop.run(_next(changes))) is not None:
+                yield status
+        finally:
+            self._client._loop.run(changes.aclose())
+
+    def wait(self) -> JobStatus:
+        """Wait for the end.
+
+        Raises:
+            AIAssistantError: why the work failed; `Cancelled` when it was cancelled.
+        """
+        status = None
+        for status in self.watch():  # noqa: B007 the last one counts
+            pass
+        return _result(status)
+
+    def cancel(self) -> None:
+        self._client._run("cancel_job", self.path)
+
+
+class Client:
+    """A blocking client; may be used from several threads.
+
+    Args:
+        socket: the API socket; default is $AI_ASSISTANT_SOCKET or /run/ai-assistant/api.sock.
+        bus_address: the bus; default is the system bus ($DBUS_SYSTEM_BUS_ADDRESS).
+        timeout: seconds of silence from the API after which a request fails with `Timeout`.
+    """
+
+    def __init__(
+        self,
+        *,
+        socket: str | os.PathLike[str] | None = None,
+        bus_address: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        self._socket = socket_path(socket)
+        self._timeout = timeout
+        self._bus_address = bus_address
+        self._loop = LoopThread()
+        self._made: Manager | None = None
+        self._ending: weakref.finalize[[LoopThread, Manager], Client] | None = None
+
+    @property
+    def _manager(self) -> Manager:
+        if self._made is None:
+            self._made = _manager(self._bus_address)
+            # A client that is dropped without close() must not leave a thread and a connection behind.
+            self._ending = weakref.finalize(self, _end, self._loop, self._made)
+        return self._made
+
+    def _run(self, method: str, *arguments: Any) -> Any:
+        return self._loop.run(getattr(self._manager, method)(*arguments))
+
+    def close(self) -> None:
+        """Idempotent. Transient models that were opened through this client end."""
+        if self._ending is not None:
+            self._ending()
+            self._made = self._ending = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Over the bus.
+
+    def present(self) -> bool:
+        """Whether a daemon is on the bus, or can be started by it. False without a bus."""
+        return bool(self._run("present"))
+
+    def status(self) -> dict[str, Any]:
+        """The state of the machine and the daemon; the keys are listed in daemon/README.md."""
+        return dict(self._run("status"))
+
+    def models(self) -> list[Model]:
+        """All models, sorted by name; transient ones last."""
+        return list(self._run("models"))
+
+    def model(self, name: str) -> Model:
+        """By full name, or by the bare name of its newest version; raises `NoSuchModel`."""
+        found: Model = self._run("model", name)
+        return found
+
+    def import_model(self, path: str | os.PathLike[str], name: str) -> Job:
+        """Check a model file and copy it into the daemon's store. The job's result has the full "name"."""
+        return Job(self, self._run("import_model", path, name))
+
+    def open_model(self, fd: int, *, name: str = "", context_length: int = 0) -> str:
+        """Serve an open file as a transient model, without a copy, until this client is closed.
+
+        Args:
+            fd: open for reading; it may be closed afterwards.
+            name: what the given name begins with.
+            context_length: tokens per sequence; 0: chosen by the model and the memory.
+        """
+        return str(self._run("open_model", fd, name, context_length))
+
+    def load(self, name: str) -> Job:
+        """Load now, instead of at the first request."""
+        return Job(self, self._run("load", name))
+
+    def unload(self, name: str) -> None:
+        self._run("unload", name)
+
+    def remove(self, name: str) -> None:
+        self._run("remove", name)
+
+    def self_test(self) -> list[SelfTestResult]:
+        return list(self._run("self_test"))
+
+    def log(self, lines: int = 50, priority: str = "info") -> list[str]:
+        """The newest journal lines of the daemon's own units, oldest first."""
+        return list(self._run("log", lines, priority))
+
+    # Over the socket.
+
+    def _get(self, target: str) -> bytes:
+        return _http.call(self._socket, "GET", target, timeout=self._timeout)
+
+    def health(self) -> dict[str, Any]:
+        return dict(_wire.load(self._get("/health")))
+
+    def metrics(self) -> str:
+        """Counters in the text format of Prometheus."""
+        return self._get("/metrics").decode()
+
+    def served_models(self) -> list[dict[str, Any]]:
+        """The rows of /v1/models; cheaper than `models`, and without a bus."""
+        return [dict(row) for row in _wire.load(self._get("/v1/models"))["data"]]
+
+    def default_model(self) -> str:
+        """The model that is meant when none is named; raises `NoSuchModel` when there is none."""
+        return served_default(self.served_models())
+
+    def start(self, request: GenerateRequest, *, model: str | None = None) -> TextStream:
+        """Start a generation that is already a request."""
+        name = model or self.default_model()
+        target, body = _wire.generation(name, request)
+        exchange = _http.Exchange(self._socket, "POST", target, body, self._timeout)
+        return TextStream(_http.events(exchange), exchange.close, name)
+
+    def stream(self, prompt: Messages, *, model: str | None = None, **params: Unpack[GenerateParams]) -> TextStream:
+        """Text as it is generated: a string is a raw prompt, a list of messages a conversation."""
+        make = prompt_request if isinstance(prompt, str) else chat_request
+        return self.start(make(prompt, params), model=model)  # type: ignore[arg-type]
+
+    def generate(self, prompt: str, *, model: str | None = None, **params: Unpack[GenerateParams]) -> Completion:
+        """Continue a raw prompt."""
+        with self.start(prompt_request(prompt, params), model=model) as stream:
+            return stream.completion()
+
+    def chat(self, messages: Messages, *, model: str | None = None, **params: Unpack[GenerateParams]) -> Message:
+        """The assistant's next turn; a string is one user message."""
+        with self.start(chat_request(messages, params), model=model) as stream:
+            return stream.message()
+
+    def embed(self, texts: Sequence[str], *, model: str | None = None) -> list[list[float]]:
+        """A vector of length 1 for each text, in their order."""
+        body = embed_body(model or self.default_model(), texts)
+        answer = _http.call(self._socket, "POST", "/v1/embeddings", body, timeout=self._timeout)
+        return _wire.vectors_from(_wire.load(answer))[0]
+
+
+class AsyncJob:
+    """The asynchronous twin of `Job`."""
+
+    def __init__(self, manager: Manager, path: str) -> None:
+        self._manager = manager
+        self.path = path
+
+    async def status(self) -> JobStatus:
+        return await self._manager.job(self.path)
+
+    async def watch(self) -> AsyncGenerator[JobStatus]:
+        """Its state now and after each change; the last one has ended."""
+        async with contextlib.aclosing(self._manager.watch_job(self.path)) as changes:
+            async for status in changes:
+                yield status
+
+    async def wait(self) -> JobStatus:
+        """Wait for the end; raises why the work failed."""
+        status = None
+        async for status in self.watch():  # noqa: B007 the last one counts
+            pass
+        return _result(status)
+
+    async def cancel(self) -> None:
+        await self._manager.cancel_job(self.path)
+
+
+class AsyncClient:
+    """The asynchronous twin of `Client`; belongs to the event loop that first uses it."""
+
+    def __init__(
+        self,
+        *,
+        socket: str | os.PathLike[str] | None = None,
+        bus_address: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        self._socket = socket_path(socket)
+        self._timeout = timeout
+        self._bus_address = bus_address
+        self._made: Manager | None = None
+
+    @property
+    def _manager(self) -> Manager:
+        if self._made is None:
+            self._made = _manager(self._bus_address)
+        return self._made
+
+    async def aclose(self) -> None:
+        if self._made is not None:
+            await self._made.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def present(self) -> bool:
+        return await self._manager.present()
+
+    async def status(self) -> dict[str, Any]:
+        return await self._manager.status()
+
+    async def models(self) -> list[Model]:
+        return await self._manager.models()
+
+    async def model(self, name: str) -> Model:
+        return await self._manager.model(name)
+
+    async def import_model(self, path: str | os.PathLike[str], name: str) -> AsyncJob:
+        return AsyncJob(self._manager, await self._manager.import_model(path, name))
+
+    async def open_model(self, fd: int, *, name: str = "", context_length: int = 0) -> str:
+        return await self._manager.open_model(fd, name, context_length)
+
+    async def load(self, name: str) -> AsyncJob:
+        return AsyncJob(self._manager, await self._manager.load(name))
+
+    async def unload(self, name: str) -> None:
+        await self._manager.unload(name)
+
+    async def remove(self, name: str) -> None:
+        await self._manager.remove(name)
+
+    async def self_test(self) -> list[SelfTestResult]:
+        return await self._manager.self_test()
+
+    async def log(self, lines: int = 50, priority: str = "info") -> list[str]:
+        return await self._manager.log(lines, priority)
+
+    async def _call(self, method: str, target: str, body: Any = None) -> bytes:
+        from ai_assistant import _ahttp
+
+        return await _ahttp.call(self._socket, method, target, body, timeout_s=self._timeout)
+
+    async def health(self) -> dict[str, Any]:
+        return dict(_wire.load(await self._call("GET", "/health")))
+
+    async def metrics(self) -> str:
+        return (await self._call("GET", "/metrics")).decode()
+
+    async def served_models(self) -> list[dict[str, Any]]:
+        return [dict(row) for row in _wire.load(await self._call("GET", "/v1/models"))["data"]]
+
+    async def default_model(self) -> str:
+        return served_default(await self.served_models())
+
+    async def start(self, request: GenerateRequest, *, model: str | None = None) -> AsyncTextStream:
+        from ai_assistant import _ahttp
+
+        name = model or await self.default_model()
+        target, body = _wire.generation(name, request)
+        exchange = await _ahttp.Exchange.start(self._socket, "POST", target, body, self._timeout)
+        return AsyncTextStream(_ahttp.events(exchange), exchange.close, name)
+
+    async def stream(
+        self, prompt: Messages, *, model: str | None = None, **params: Unpack[GenerateParams]
+    ) -> AsyncTextStream:
+        make = prompt_request if isinstance(prompt, str) else chat_request
+        return await self.start(make(prompt, params), model=model)  # type: ignore[arg-type]
+
+    async def generate(self, prompt: str, *, model: str | None = None, **params: Unpack[GenerateParams]) -> Completion:
+        async with await self.start(prompt_request(prompt, params), model=model) as stream:
+            return await stream.completion()
+
+    async def chat(self, messages: Messages, *, model: str | None = None, **params: Unpack[GenerateParams]) -> Message:
+        async with await self.start(chat_request(messages, params), model=model) as stream:
+            return await stream.message()
+
+    async def embed(self, texts: Sequence[str], *, model: str | None = None) -> list[list[float]]:
+        body = embed_body(model or await self.default_model(), texts)
+        return _wire.vectors_from(_wire.load(await self._call("POST", "/v1/embeddings", body)))[0]
+
+
+async def _next(changes: AsyncIterator[JobStatus]) -> JobStatus | None:
+    return await anext(changes, None)
+
+
+def _end(loop: LoopThread, manager: Manager) -> None:
+    if loop.running:
+        loop.run(manager.close())
+    loop.close()
+
+
+def _result(status: JobStatus | None) -> JobStatus:
+    if status is None:
+        raise Timeout("the job gave no state")
+    if status.error is not None:
+        raise status.error
+    return status
