@@ -1,0 +1,164 @@
+"""One request and its answer: reading within bounds, and working only as long as somebody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from ai_assistant.daemon.api.errors import HttpError
+from ai_assistant.daemon.api.jsonbody import parse_object
+from ai_assistant.daemon.api.limits import Limits
+from ai_assistant.errors import Busy, InvalidArgument, NotSupported, Timeout
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+]
+
+
+class ClientGone(Exception):
+    """Nobody is there to read an answer."""
+
+
+class Held:
+    """Bytes of request bodies that are in memory now, over all requests."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.now = 0
+
+    def add(self, count: int) -> None:
+        if self.now + count > self._most:
+            raise Busy("too much is being sent at once", hint="try again in a moment")
+        self.now += count
+
+
+class Exchange:
+    """What an endpoint is given."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits, held: Held) -> None:
+        self.scope = scope
+        self.started = False
+        """The status has been sent: an error can only be told inside the answer."""
+        self.streaming = False
+        self.status = 0
+        self._receive = receive
+        self._send = send
+        self._limits = limits
+        self._held = held
+        self._mine = 0
+
+    @property
+    def path_params(self) -> MutableMapping[str, Any]:
+        found: MutableMapping[str, Any] = self.scope.get("path_params", {})
+        return found
+
+    async def json(self) -> dict[str, Any]:
+        """The body as a JSON object.
+
+        Raises:
+            InvalidArgument: it is none; see `parse_object`.
+            HttpError: 413 too long, 415 compressed, 408 not all came in time.
+            Busy: others are sending too much already.
+            ClientGone
+        """
+        self._check_headers()
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                data = await self._read()
+        except TimeoutError:
+            late = Timeout(f"the body did not come within {self._limits.body_s:g} s")
+            raise HttpError(408, late, close=True) from None
+        return parse_object(data)
+
+    async def respond(self, response: Response) -> None:
+        self.status = response.status_code
+        await response(self.scope, self._receive, self.send)
+
+    async def send(self, message: Message) -> None:
+        self.started = True
+        await self._send(message)
+
+    async def stream(self, pieces: AsyncGenerator[bytes]) -> None:
+        """Send each piece as it comes; cancelled when the client goes away."""
+        self.status = 200
+        self.streaming = True
+        await self.send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        # Closed at once and not when it is collected: that is what frees the model for others.
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        await self.finish()
+
+    async def finish(self, piece: bytes = b"") -> None:
+        """End a stream."""
+        self.streaming = False
+        await self._send({"type": "http.response.body", "body": piece, "more_body": False})
+
+    @asynccontextmanager
+    async def while_waiting(self) -> AsyncIterator[None]:
+        """Run the body only as long as the client is there; to be entered after the request has been read.
+
+        One task watches for the whole exchange, so that a token costs none.
+
+        Raises:
+            ClientGone: out of the block, wherever it was.
+        """
+        work = asyncio.current_task()
+        assert work is not None
+        gone = False
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            work.cancel()
+
+        watcher = asyncio.create_task(watch(), name="api: is the client there?")
+        try:
+            yield
+        except asyncio.CancelledError:
+            if gone and not work.uncancel():
+                raise ClientGone from None
+            raise
+        finally:
+            watcher.cancel()
+
+    def close(self) -> None:
+        """Give back what `json` has counted."""
+        self._held.now -= self._mine
+        self._mine = 0
+
+    def _check_headers(self) -> None:
+        for name, value in self.scope["headers"]:
+            if name == b"content-length" and int(value) > self._limits.body_bytes:
+                raise self._too_long()
+            if name == b"content-encoding" and value.lower() != b"identity":
+                unread = NotSupported("the body must not be compressed", hint="send it without Content-Encoding")
+                raise HttpError(415, unread, close=True)
+
+    async def _read(self) -> bytes:
+        data = bytearray()
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            piece = message.get("body", b"")
+            if len(data) + len(piece) > self._limits.body_bytes:
+                raise self._too_long()
+            self._held.add(len(piece))
+            self._mine += len(piece)
+            data += piece
+            if not message.get("more_body"):
+                return bytes(data)
+
+    def _too_long(self) -> HttpError:
+        error = InvalidArgument(f"the body is longer than {self._limits.body_bytes} bytes")
+        return HttpError(413, error, close=True)
