@@ -1,0 +1,152 @@
+"""Puts the daemon together and runs it: configuration, models, bus, socket, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import stat
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ai_assistant
+from ai_assistant.daemon import config as configuration
+from ai_assistant.daemon import journal
+from ai_assistant.daemon.authority import Authority, allowed
+from ai_assistant.daemon.bus.connection import Connection
+from ai_assistant.daemon.contract import Counters
+from ai_assistant.daemon.jobs import JobTable
+from ai_assistant.daemon.notify import keep_alive, notify, passed_sockets, watchdog_interval
+from ai_assistant.daemon.publish import Publisher
+from ai_assistant.daemon.registry import BUILTIN_DIRECTORY, Registry
+from ai_assistant.daemon.residency import Residency, Worker, load_options
+from ai_assistant.daemon.service import DaemonService
+from ai_assistant.daemon.status import Machine
+from ai_assistant.errors import ServiceUnavailable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Where things are; the defaults are those of the appliance."""
+
+    root: Path = Path("/")
+    bus_address: str = ""
+    """Empty: the system bus."""
+    api_socket: Path | None = None
+    """A socket to make when the service manager passed none."""
+    worker_socket: Path = Path("/run/ai-assistant/worker.sock")
+    state_directory: Path = Path("/var/lib/ai-assistant")
+
+
+def connector(path: Path) -> Callable[[], Awaitable[Worker]]:
+    """A function that starts a worker by connecting to its socket unit."""
+
+    async def connect() -> Worker:
+        from ai_assistant.daemon.worker.client import WorkerClient
+
+        return await WorkerClient.connect(path)
+
+    return connect
+
+
+class App:
+    """The daemon. Make it inside the event loop."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self.config = configuration.load(options.root)
+        self._stop = asyncio.Event()
+        counters = Counters()
+        loading = load_options(self.config)
+        registry = Registry(options.root / BUILTIN_DIRECTORY, options.state_directory / "models", loading)
+        self._machine = Machine(options.root, options.state_directory)
+        residency = Residency(self.config, connector(options.worker_socket), self._machine.memory_available, counters)
+        jobs = JobTable(per_owner=self.config.limits_jobs_per_caller)
+        self.service = DaemonService(self.config, registry, residency, jobs, self._machine, counters)
+        self._connection: Connection | None = None
+
+    def stop(self) -> None:
+        """Begin the orderly end."""
+        self._stop.set()
+
+    async def run(self) -> int:
+        """Serve until `stop`; the exit status.
+
+        Raises:
+            AIAssistantError: it could not start.
+        """
+        journal.set_up(self.config.log_level)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        interval = watchdog_interval()
+        watchdog = loop.create_task(keep_alive(interval)) if interval else None
+        notify("STATUS=Reading models")
+        sockets = self._sockets()
+        await asyncio.to_thread(self.service.registry.scan)
+        connection = self._connection = Connection(calls_per_caller=self.config.limits_calls_per_caller)
+        await connection.connect(self._options.bus_address)
+        Publisher(connection, self.service, Authority(connection))
+        api_stop = asyncio.Event()
+        api = loop.create_task(self._serve_api(sockets, api_stop)) if sockets else None
+        self.service.set_state("running")
+        await connection.own_name()
+        notify("READY=1\nSTATUS=" + self._summary())
+        log.info("ai-assistantd %s is ready: %s", ai_assistant.__version__, self._summary())
+        stopping = loop.create_task(self._stop.wait())
+        waiting: set[asyncio.Future[object]] = {stopping, connection.lost}  # type: ignore[arg-type]
+        if api is not None:
+            waiting.add(api)  # type: ignore[arg-type]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        status = 0 if self._stop.is_set() else 1
+        if api is not None and api.done() and not self._stop.is_set():
+            log.error("the socket API ended", exc_info=api.exception())
+        notify("STOPPING=1\nSTATUS=Finishing what runs")
+        await self._end(api, api_stop)
+        for task in (stopping, watchdog):
+            if task is not None:
+                task.cancel()
+        return status
+
+    async def _end(self, api: asyncio.Task[None] | None, api_stop: asyncio.Event) -> None:
+        """Stop accepting, let generations finish for a while, cancel the rest, free everything."""
+        assert self._connection is not None
+        await self.service.drain()
+        api_stop.set()
+        if api is not None:
+            await asyncio.wait([api], timeout=10)
+        await self._connection.close()
+        await self.service.jobs.close()
+        await self.service.residency.close()
+        log.info("stopped")
+
+    async def _serve_api(self, sockets: list[socket.socket], stop: asyncio.Event) -> None:
+        from ai_assistant.daemon.api.server import serve
+
+        await serve(self.service, sockets, stop, allowed)
+
+    def _sockets(self) -> list[socket.socket]:
+        passed = passed_sockets("api")
+        if passed or self._options.api_socket is None:
+            return passed
+        path = self._options.api_socket
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+                path.unlink()
+            sock.bind(str(path))
+            # Everybody may connect: who it is decides what he may do.
+            path.chmod(0o666)
+        except OSError as error:
+            raise ServiceUnavailable(f"cannot listen at {path}: {error.strerror}") from error
+        sock.listen(128)
+        sock.setblocking(False)
+        return [sock]
+
+    def _summary(self) -> str:
+        count = len(self.service.registry.all())
+        return f"{count} model{'' if count == 1 else 's'} known"

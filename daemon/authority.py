@@ -1,0 +1,115 @@
+"""Who may do what: polkit for callers on the bus, groups for peers of a socket. Same table for both.
+
+==========================  ==============  ======================  ==============================
+                            any local user  group ``ai-assistant``  ``ai-assistant-admin`` or root
+==========================  ==============  ======================  ==============================
+read                        yes             yes                     yes
+infer, load                 no              yes                     yes
+import, unload              no              no                      yes
+remove                      no              no                      yes
+==========================  ==============  ======================  ==============================
+
+On the bus the polkit rules of this package say the same, and an administrator can change them there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dbus_fast import Variant
+
+from ai_assistant.daemon.bus.connection import Call, Connection
+from ai_assistant.daemon.bus.wire import BusError
+from ai_assistant.daemon.contract import Peer, Scope
+from ai_assistant.errors import NotAuthorized
+
+log = logging.getLogger(__name__)
+
+USER_GROUP = "ai-assistant"
+ADMIN_GROUP = "ai-assistant-admin"
+USER_SCOPES = frozenset({Scope.READ, Scope.INFER, Scope.LOAD})
+_POLKIT = "org.freedesktop.PolicyKit1"
+_GROUP_TTL_S = 30.0
+_groups: dict[str, tuple[float, int | None]] = {}
+
+
+def _group_id(name: str) -> int | None:
+    known = _groups.get(name)
+    now = time.monotonic()
+    if known is not None and now - known[0] < _GROUP_TTL_S:
+        return known[1]
+    import grp
+
+    try:
+        found: int | None = grp.getgrnam(name).gr_gid
+    except KeyError:
+        found = None
+    _groups[name] = (now, found)
+    return found
+
+
+def allowed(peer: Peer, scope: Scope, *, group_id: Callable[[str], int | None] = _group_id) -> bool:
+    """Whether the peer of a local socket may do that, by its groups."""
+    if scope is Scope.READ or peer.uid == 0:
+        return True
+    groups = peer.groups | {peer.gid}
+    if group_id(ADMIN_GROUP) in groups:
+        return True
+    return scope in USER_SCOPES and group_id(USER_GROUP) in groups
+
+
+class Authority:
+    """Asks polkit about callers on the bus; without polkit only root may change anything."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def uid(self, sender: str) -> int:
+        """User of a bus connection.
+
+        Raises:
+            NotAuthorized: it has left.
+        """
+        try:
+            return int((await self._connection.credentials(sender))["UnixUserID"])
+        except (BusError, KeyError) as error:
+            raise NotAuthorized("the caller has left the bus") from error
+
+    async def require(self, call: Call, scope: Scope) -> int:
+        """Return the caller's user id if it may do that.
+
+        Raises:
+            NotAuthorized
+        """
+        uid = await self.uid(call.sender)
+        if scope is Scope.READ or uid == 0:
+            return uid
+        action = f"org.ai-assistant1.{scope}"
+        details: dict[str, Any] = {}
+        subject = ("system-bus-name", {"name": Variant("s", call.sender)})
+        try:
+            reply = await self._connection.wire.call(
+                _POLKIT,
+                "/org/freedesktop/PolicyKit1/Authority",
+                "org.freedesktop.PolicyKit1.Authority",
+                "CheckAuthorization",
+                "(sa{sv})sa{ss}us",
+                [subject, action, details, 1 if call.interactive else 0, ""],
+                # A person who types a password needs longer than a program.
+                timeout_s=120.0 if call.interactive else 25.0,
+            )
+            yes, _challenge, _ = reply.body[0]
+        except BusError as error:
+            # An action that nobody registered, or no polkit: never a reason to say yes.
+            log.warning("polkit cannot answer for %s: %s", action, error)
+            yes = False
+        if not yes:
+            log.info("denied %s to uid %d", action, uid, extra={"DBUS_SENDER": call.sender})
+            raise NotAuthorized(
+                f"not allowed: {scope}",
+                hint=f"ask for membership in the group {USER_GROUP if scope in USER_SCOPES else ADMIN_GROUP}",
+            )
+        return uid

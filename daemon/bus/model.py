@@ -1,0 +1,66 @@
+"""org.ai_assistant1.Model: one object for each model that the daemon knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ai_assistant.daemon.authority import Authority
+from ai_assistant.daemon.bus.connection import Call, plain
+from ai_assistant.daemon.contract import Scope
+from ai_assistant.daemon.jobs import Job
+from ai_assistant.daemon.service import DaemonService
+from ai_assistant.errors import InvalidArgument
+
+INTERFACE = "org.ai_assistant1.Model"
+
+
+def no_options(options: Mapping[str, Any]) -> None:
+    """Raise InvalidArgument for any option: there are none yet, and one that is ignored would mislead."""
+    for key in options:
+        raise InvalidArgument(f"unknown option {key[:80]!r}", param=key[:80])
+
+
+class ModelObject:
+    def __init__(self, service: DaemonService, authority: Authority, name: str, job_path: Callable[[Job], str]) -> None:
+        self._service = service
+        self._authority = authority
+        self._name = name
+        self._job_path = job_path
+
+    def properties(self) -> Mapping[str, Any]:
+        record = self._service.model(self._name)
+        return {
+            "Name": record.name,
+            "State": str(record.state),
+            "SizeBytes": record.size_bytes,
+            "Format": record.format,
+            "Architecture": record.architecture,
+            "Parameters": record.parameters,
+            "Quantization": record.quantization,
+            "ContextLength": record.context_length,
+            "MemoryEstimateBytes": record.memory_estimate_bytes,
+            "Builtin": record.builtin,
+            "Transient": record.transient,
+            "Created": record.created,
+            "Error": record.error,
+        }
+
+    async def load(self, call: Call, options: Mapping[str, Any]) -> str:
+        uid = await self._authority.require(call, Scope.LOAD)
+        no_options(plain(options))
+        return self._job_path(self._service.start_load(self._name, call.sender, uid))
+
+    async def unload(self, call: Call) -> None:
+        if not self._owned_by(call):
+            await self._authority.require(call, Scope.UNLOAD)
+        await self._service.unload(self._name)
+
+    async def remove(self, call: Call) -> None:
+        if not self._owned_by(call):
+            await self._authority.require(call, Scope.REMOVE)
+        await self._service.remove(self._name)
+
+    def _owned_by(self, call: Call) -> bool:
+        # Bus names are never given twice, so this cannot be another connection.
+        return self._service.registry.get(self._name).owner == call.sender

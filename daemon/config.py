@@ -1,0 +1,170 @@
+"""The daemon's configuration: one table of typed rows, parsed into one frozen value.
+
+Sources, later ones win: the defaults below, then every ``*.toml`` under ``/usr/lib/ai-assistant/config.d``,
+``/etc/ai-assistant/config.d`` and ``/run/ai-assistant/config.d``. A file in a later folder replaces the one
+of the same name in an earlier folder (an empty file or a link to ``/dev/null`` therefore masks it); what is
+left is read in the order of the file names. Unknown keys are errors, so a typing mistake is not silent.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ai_assistant.errors import InvalidConfig
+
+DIRECTORIES = (
+    "usr/lib/ai-assistant/config.d",
+    "etc/ai-assistant/config.d",
+    "run/ai-assistant/config.d",
+)
+DEFAULT = "default"
+_MAX_FILE_BYTES = 1 << 20
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One setting. `low` and `high` bound numbers; `choices` lists what a string may be."""
+
+    key: str
+    """``section.name`` in the file, and ``section_name`` in `Config`."""
+    kind: type
+    default: Any
+    text: str
+    low: float = 0
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+
+    @property
+    def field(self) -> str:
+        return self.key.replace(".", "_")
+
+
+ROWS: tuple[Row, ...] = (
+    Row("log.level", str, "info", "least severe message that is logged", choices=("debug", "info", "warning", "error")),
+    Row("models.default", str, "assistant:1", "model that the built-in assistant uses"),
+    Row("models.context_length", int, 0, "tokens per sequence; 0: chosen by model and memory", high=1 << 24),
+    Row("models.sequences", int, 4, "generations of one model that run at the same time", low=1, high=256),
+    Row("models.threads", int, 0, "threads per worker; 0: chosen by the machine", high=1024),
+    Row("models.batch_tokens", int, 512, "tokens per decode step", low=32, high=65_536),
+    Row("models.idle_unload_s", float, 900.0, "unload a model that nobody used for so long; 0: never", high=1e7),
+    Row("models.memory_reserve_bytes", int, 192 * _MIB, "memory that loading a model leaves free", high=1 << 50),
+    Row("models.disk_reserve_bytes", int, 256 * _MIB, "disk space that an import leaves free", high=1 << 50),
+    Row("worker.load_timeout_s", float, 600.0, "longest time that loading may take", low=1, high=86_400),
+    Row("worker.restart_first_s", float, 1.0, "wait before the first restart of a crashed worker", low=0.05, high=3600),
+    Row("worker.restart_longest_s", float, 60.0, "longest wait between restarts", low=0.05, high=86_400),
+    Row("worker.restart_attempts", int, 5, "restarts in a row before giving up until the next request", high=1000),
+    Row("service.drain_s", float, 10.0, "time that running generations get to finish on shutdown", high=3600),
+    Row("limits.calls_per_caller", int, 64, "unanswered calls of one bus connection", low=1, high=65_536),
+    Row("limits.streams_per_caller", int, 16, "open streams of one bus connection", low=1, high=65_536),
+    Row("limits.jobs_per_caller", int, 16, "unfinished jobs of one bus connection", low=1, high=65_536),
+    Row("limits.models_per_caller", int, 16, "transient models of one bus connection", low=1, high=65_536),
+)  # fmt: skip
+_BY_KEY = {row.key: row for row in ROWS}
+_SECTIONS = {row.key.partition(".")[0] for row in ROWS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Every row of `ROWS`, under its key with an underscore for the dot. Units are in the names."""
+
+    log_level: str
+    models_default: str
+    models_context_length: int
+    models_sequences: int
+    models_threads: int
+    models_batch_tokens: int
+    models_idle_unload_s: float
+    models_memory_reserve_bytes: int
+    models_disk_reserve_bytes: int
+    worker_load_timeout_s: float
+    worker_restart_first_s: float
+    worker_restart_longest_s: float
+    worker_restart_attempts: int
+    service_drain_s: float
+    limits_calls_per_caller: int
+    limits_streams_per_caller: int
+    limits_jobs_per_caller: int
+    limits_models_per_caller: int
+
+
+def load(root: Path | str = "/") -> Config:
+    """Read the configuration below `root`.
+
+    Raises:
+        InvalidConfig: names the file and the key.
+    """
+    return Config(**{_BY_KEY[key].field: value for key, value, _ in explain(root)})
+
+
+def explain(root: Path | str = "/") -> list[tuple[str, Any, str]]:
+    """(key, value, source) of every setting, in the table's order; the source is a file or ``default``.
+
+    Raises:
+        InvalidConfig: names the file and the key.
+    """
+    merged: dict[str, tuple[Any, str]] = {row.key: (row.default, DEFAULT) for row in ROWS}
+    for path in _files(Path(root)):
+        for key, value in _read(path).items():
+            merged[key] = (value, str(path))
+    return [(key, *merged[key]) for key in _BY_KEY]
+
+
+def _files(root: Path) -> list[Path]:
+    found: dict[str, Path] = {}
+    for directory in DIRECTORIES:
+        try:
+            names = sorted((root / directory).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise InvalidConfig(f"cannot read {root / directory}: {error.strerror}") from error
+        found.update({path.name: path for path in names if path.suffix == ".toml"})
+    return [found[name] for name in sorted(found)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_FILE_BYTES + 1)
+        if len(raw) > _MAX_FILE_BYTES:
+            raise InvalidConfig(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
+        tree = tomllib.loads(raw.decode())
+    except OSError as error:
+        raise InvalidConfig(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidConfig(f"{path}: not valid TOML: {error}") from error
+    out: dict[str, Any] = {}
+    for section, values in tree.items():
+        if section not in _SECTIONS or not isinstance(values, Mapping):
+            hint = f"known sections: {', '.join(sorted(_SECTIONS))}"
+            raise InvalidConfig(f"{path}: unknown key {section!r}", hint=hint, param=section)
+        for name, value in values.items():
+            key = f"{section}.{name}"
+            out[key] = _checked(path, key, value)
+    return out
+
+
+def _checked(path: Path, key: str, value: Any) -> Any:
+    row = _BY_KEY.get(key)
+    if row is None:
+        known = [each for each in _BY_KEY if each.partition(".")[0] == key.partition(".")[0]]
+        raise InvalidConfig(f"{path}: unknown key {key!r}", hint=f"known here: {', '.join(known)}", param=key)
+    if row.kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not row.kind:
+        raise InvalidConfig(f"{path}: {key} must be {_KINDS[row.kind]}, not {type(value).__name__}", param=key)
+    # NaN compares false with everything, so the test is for being inside.
+    if isinstance(value, int | float) and not (row.low <= value <= row.high and math.isfinite(value)):
+        raise InvalidConfig(f"{path}: {key} must be between {row.low:g} and {row.high:g}, not {value}", param=key)
+    if row.choices and value not in row.choices:
+        raise InvalidConfig(f"{path}: {key} must be one of {', '.join(row.choices)}", param=key)
+    return value
+
+
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}

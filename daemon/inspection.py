@@ -1,0 +1,101 @@
+"""Looks into a model file in a process of its own: a hostile header costs neither memory nor time of the daemon.
+
+Run as ``python3 -m ai_assistant.daemon.inspection FD LOAD_OPTIONS``; prints one JSON object: either
+``{"info": …, "memory_bytes": n}`` or an error as in `AIAssistantError.to_dict`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ai_assistant.engines.contract import LoadOptions, ModelInfo
+from ai_assistant.errors import AIAssistantError, InvalidModel, Timeout, from_name
+
+TIMEOUT_S = 60.0
+_MEMORY_BYTES = 2 << 30
+_ANSWER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a file is, and what loading it with the given options is estimated to take, in bytes."""
+
+    info: ModelInfo
+    memory_bytes: int
+
+
+def inspect_here(fd: int, options: LoadOptions) -> Inspection:
+    """Inspect in this process: for files of the image, and in the child.
+
+    Raises:
+        InvalidModel: with the reason.
+    """
+    from ai_assistant.engines.gguf import read_gguf
+    from ai_assistant.engines.gguf_rules import check, estimate_memory_bytes
+    from ai_assistant.engines.sniff import ModelFormat, sniff
+
+    found = sniff(fd)
+    if found is ModelFormat.UNKNOWN and os.fstat(fd).st_size:
+        raise InvalidModel("the file is no model: its first bytes are those of no known format")
+    if found not in (ModelFormat.GGUF, ModelFormat.UNKNOWN):
+        raise InvalidModel(f"models in the format {found} cannot be used yet", hint="convert it to GGUF")
+    model = read_gguf(fd)
+    return Inspection(check(model), estimate_memory_bytes(model, options))
+
+
+async def inspect(fd: int, options: LoadOptions, *, timeout_s: float = TIMEOUT_S) -> Inspection:
+    """Inspect in a child process with limits on memory and time; `fd` stays open and unmoved.
+
+    Raises:
+        InvalidModel: with the reason.
+        Timeout: the file cannot be read in time.
+    """
+    arguments = [str(fd), json.dumps(asdict(options))]
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "ai_assistant.daemon.inspection",
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        pass_fds=[fd],
+    )
+    try:
+        answer, _ = await asyncio.wait_for(child.communicate(), timeout_s)
+    except TimeoutError:
+        raise Timeout("the model file cannot be read in time") from None
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    try:
+        values = json.loads(answer[:_ANSWER_BYTES])
+    except ValueError:
+        raise InvalidModel("the file's header takes too much memory or time to read") from None
+    if "info" not in values:
+        raise from_name(values["name"], values["message"], hint=values["hint"] or "", param=values["param"])
+    return Inspection(ModelInfo(**values["info"]), values["memory_bytes"])
+
+
+def main(arguments: list[str]) -> int:
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(TIMEOUT_S), int(TIMEOUT_S)))
+    out: dict[str, Any]
+    try:
+        found = inspect_here(int(arguments[0]), LoadOptions(**json.loads(arguments[1])))
+        out = {"info": asdict(found.info), "memory_bytes": found.memory_bytes}
+    except AIAssistantError as error:
+        out = {**error.to_dict()}
+    print(json.dumps(out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

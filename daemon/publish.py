@@ -1,0 +1,92 @@
+"""Keeps the objects on the bus in step with the service: one per model and job, with their changes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from itertools import count
+
+from ai_assistant.daemon.authority import Authority
+from ai_assistant.daemon.bus import inference, job, manager, model
+from ai_assistant.daemon.bus.connection import ROOT, Connection
+from ai_assistant.daemon.jobs import Job
+from ai_assistant.daemon.service import DaemonService
+from ai_assistant.errors import NoSuchModel
+
+log = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Exports everything when it is made and follows from then on."""
+
+    def __init__(self, connection: Connection, service: DaemonService, authority: Authority) -> None:
+        self._connection = connection
+        self._service = service
+        self._authority = authority
+        self._numbers = count(1)
+        self._models: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        connection.export(
+            ROOT,
+            {
+                manager.INTERFACE: manager.Manager(service, authority, self.model_path, self.job_path),
+                inference.INTERFACE: inference.Inference(service, authority),
+            },
+        )
+        for record in service.models():
+            self._add_model(record.name)
+        service.on_added = self._add_model
+        service.on_removed = self._remove_model
+        service.on_state = self._manager_changed
+        service.residency.changed = self._model_changed
+        service.jobs.added = self._add_job
+        service.jobs.changed = self._job_changed
+        service.jobs.removed = lambda each: connection.unexport(self.job_path(each))
+        connection.on_vanished.append(self._vanished)
+
+    def model_path(self, name: str) -> str:
+        """Raises NoSuchModel."""
+        try:
+            return self._models[name]
+        except KeyError:
+            raise NoSuchModel(f"there is no model {name[:100]!r}") from None
+
+    def job_path(self, each: Job) -> str:
+        return f"{ROOT}/jobs/{each.number}"
+
+    def _add_model(self, name: str) -> None:
+        path = f"{ROOT}/models/{next(self._numbers)}"
+        self._models[name] = path
+        handler = model.ModelObject(self._service, self._authority, name, self.job_path)
+        self._connection.export(path, {model.INTERFACE: handler})
+        self._manager_changed()
+
+    def _remove_model(self, name: str) -> None:
+        path = self._models.pop(name, None)
+        if path is not None:
+            self._connection.unexport(path)
+            self._manager_changed()
+
+    def _model_changed(self, name: str) -> None:
+        path = self._models.get(name)
+        if path is not None:
+            self._connection.changed(path, model.INTERFACE)
+            # A model that cannot be loaded is a matter of the appliance's health as well.
+            self._manager_changed()
+
+    def _manager_changed(self) -> None:
+        self._connection.changed(ROOT, manager.INTERFACE)
+
+    def _add_job(self, each: Job) -> None:
+        handler = job.JobObject(each, self._authority, self._models.get)
+        self._connection.export(self.job_path(each), {job.INTERFACE: handler})
+
+    def _job_changed(self, each: Job) -> None:
+        self._connection.changed(self.job_path(each), job.INTERFACE)
+
+    def _vanished(self, name: str) -> None:
+        if not any(entry.owner == name for entry in self._service.registry.all()):
+            return
+        task = asyncio.get_running_loop().create_task(self._service.drop_owner(name))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
