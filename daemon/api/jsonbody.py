@@ -22,8 +22,8 @@ MAX_INTEGER_DIGITS = 20
 """Enough for every 64-bit integer."""
 
 # Possessive, so that an unfinished string of 8 MiB costs one pass and no backtracking stack.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_BRACKET = re.compile(rb"[\[\]{}]")
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
+_QUOTE, _COMMA = b'",'
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -58,14 +58,24 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def _check_shape(data: bytes) -> None:
-    skeleton = _STRING.sub(b"", data)
-    if skeleton.count(b",") + skeleton.count(b"[") + skeleton.count(b"{") > MAX_VALUES:
-        raise InvalidArgument(f"the body has more than {MAX_VALUES} values")
-    depth = 0
-    for bracket in _BRACKET.findall(skeleton):
-        depth += 1 if bracket in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise InvalidArgument(f"the body is nested more than {MAX_DEPTH} deep")
+    """Count without keeping anything, and stop at the first limit."""
+    depth = values = strings = 0
+    for token in _TOKEN.finditer(data):
+        first = data[token.start()]
+        if first == _QUOTE:
+            strings += 1
+        elif first in b"[{":
+            depth += 1
+            values += 1
+            if depth > MAX_DEPTH:
+                raise InvalidArgument(f"the body is nested more than {MAX_DEPTH} deep")
+        elif first == _COMMA:
+            values += 1
+        else:
+            depth -= 1
+        # A member is two strings: its name and its value.
+        if values > MAX_VALUES or strings > 2 * MAX_VALUES:
+            raise InvalidArgument(f"the body has more than {MAX_VALUES} values")
 
 
 def _check_strings(value: object) -> None:
