@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -57,11 +58,12 @@ def accelerator() -> str:
 class VM:
     """A virtual machine on an overlay of the image; a context manager. The image itself never changes."""
 
-    def __init__(self, image: Path, *, memory_mib: int = 2048, disk_gib: int = 4, interactive: bool = False) -> None:
+    def __init__(self, image: Path, *, memory_mib: int = 2048, disk_gib: int = 4, interactive: bool = False, cmdline: str = "") -> None:
         self.image = image
         self.memory_mib = memory_mib
         self.disk_gib = disk_gib
         self.interactive = interactive
+        self.cmdline = cmdline
         self.base = Path(tempfile.mkdtemp(prefix="ai-assistant-vm-"))
         self.serial_log = self.base / "serial.log"
         self.accelerator = accelerator()
@@ -108,11 +110,13 @@ class VM:
             "-drive", f"if=pflash,format=raw,unit=1,file={self.base}/vars.fd",
             "-drive", f"if=virtio,format=qcow2,cache=unsafe,discard=unmap,file={disk}",
             "-chardev", f"socket,id=tpm,path={self.base}/tpm.sock", "-tpmdev", "emulator,id=tpm0,chardev=tpm",
-            "-device", "tpm-crb,tpmdev=tpm0", "-device", "virtio-rng-pci", "-nodefaults",
+            "-uuid", str(uuid.uuid4()), "-device", "tpm-crb,tpmdev=tpm0", "-device", "virtio-rng-pci", "-nodefaults",
             "-nic", "user,model=virtio-net-pci" + ("" if self.interactive else ",restrict=on"),
             "-device", "virtio-serial", "-chardev", f"socket,id=agent,path={self.base}/agent.sock,server=on,wait=off",
             "-device", f"virtserialport,chardev=agent,name={AGENT_PORT}",
         ]  # fmt: skip
+        if self.cmdline:  # the boot stub appends it, while Secure Boot is off
+            command += ["-smbios", f"type=11,value=io.systemd.stub.kernel-cmdline-extra={self.cmdline}"]
         if self.interactive:
             command += ["-display", "none", "-serial", "mon:stdio"]
         else:
