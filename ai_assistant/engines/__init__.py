@@ -1,0 +1,60 @@
+"""Engines: whole inference runtimes behind one contract. `open_model` finds the right one by content."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
+
+from ai_assistant.engines.contract import Engine, LoadOptions
+from ai_assistant.engines.gguf import opened
+from ai_assistant.engines.sniff import ModelFormat, sniff
+from ai_assistant.errors import InvalidModel, NotSupported
+
+__all__ = ["ENGINES", "EngineEntry", "open_model"]
+
+
+class EngineEntry(NamedTuple):
+    """One engine: what it is called, what it opens, and where its class is (imported when it is needed)."""
+
+    name: str
+    formats: tuple[ModelFormat, ...]
+    module: str
+    attribute: str
+
+
+ENGINES: tuple[EngineEntry, ...] = (
+    EngineEntry("llama", (ModelFormat.GGUF,), "ai_assistant.engines.llama", "LlamaEngine"),
+)
+"""In order of preference: the first that opens a format is taken."""
+
+_HINTS = {
+    ModelFormat.ONNX: "convert the model to GGUF; an engine for ONNX is not part of this version",
+    ModelFormat.SAFETENSORS: "safetensors hold training weights; convert the model to GGUF",
+}
+
+
+def open_model(
+    path_or_fd: int | str | os.PathLike[str],
+    options: LoadOptions | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Engine:
+    """Load a model with the first engine that takes its format, which its content tells.
+
+    Raises:
+        InvalidModel: no model, or none that an engine runs.
+        NotSupported: a format without an engine, or an engine that is not installed.
+        OutOfMemory: it does not fit.
+    """
+    with opened(path_or_fd) as fd:
+        found = sniff(fd)
+        if found is ModelFormat.UNKNOWN:
+            if os.fstat(fd).st_size == 0:
+                raise InvalidModel("the file is empty")
+            raise InvalidModel("the file is no model of a known format (GGUF)")
+        for entry in ENGINES:
+            if found in entry.formats:
+                engine: Engine = getattr(import_module(entry.module), entry.attribute).open(fd, options, progress)
+                return engine
+    raise NotSupported(f"there is no engine for {found.value} models", hint=_HINTS.get(found, ""))

@@ -126,7 +126,7 @@ class FakeService:
             return
         words = text.split()
         if request.response_schema is not None:
-            words = [json.dumps({key: text for key in request.response_schema.get("properties", {"text": {}})})]
+            words = [json.dumps(dict.fromkeys(request.response_schema.get("properties", {"text": {}}), text))]
         limit = len(words) if request.max_tokens is None else request.max_tokens
         for word in words[:limit]:
             yield Chunk(word + " ", _logprobs(word + " ", request.logprobs))

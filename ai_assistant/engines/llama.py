@@ -1,0 +1,331 @@
+"""The llama engine: GGUF models through llama.cpp's low-level API, several generations at a time.
+
+Used in process by the SDK and inside a worker by the daemon. Everything that a caller may do wrong is
+checked on the caller's thread, before anything is queued; the scheduler's thread only decodes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ai_assistant.engines import gguf_rules
+from ai_assistant.engines.contract import (
+    Event,
+    Finished,
+    GenerateRequest,
+    LoadOptions,
+    ModelInfo,
+)
+from ai_assistant.engines.gguf import Gguf, opened, read_gguf
+from ai_assistant.engines.grammar import grammar_of
+from ai_assistant.errors import (
+    AIAssistantError,
+    Cancelled,
+    ContextOverflow,
+    InvalidArgument,
+    NotSupported,
+    OutOfMemory,
+)
+
+MAX_SEQUENCES = 64
+MAX_QUEUED = 64
+
+
+class LlamaEngine:
+    """A loaded GGUF model; see `Engine` in contract.py for what each method promises. Made by `open`."""
+
+    @classmethod
+    def open(
+        cls,
+        path_or_fd: int | str | os.PathLike[str],
+        options: LoadOptions | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> LlamaEngine:
+        """Check and load a model.
+
+        Args:
+            path_or_fd: a path, or an open descriptor, which is neither closed nor needed afterwards.
+            progress: called with 0.0 … 1.0 on this thread.
+
+        Raises:
+            InvalidModel: the file is no model that this engine runs.
+            NotSupported: the native library is not installed.
+            OutOfMemory: it does not fit `memory_limit_bytes` or the machine.
+        """
+        options = checked_options(options or LoadOptions())
+        with opened(path_or_fd) as fd:
+            header = read_gguf(fd)
+            info = gguf_rules.check(header)
+            options = replace(options, context_length=gguf_rules.context_of(header, options))
+            _check_memory(header, options)
+            from ai_assistant.engines.native import load_model
+
+            model = load_model(fd, progress)
+        try:
+            return cls(model, header, info, options)
+        except BaseException:
+            from ai_assistant.engines.native import library
+
+            library().llama_model_free(model)
+            raise
+
+    def __init__(self, model: Any, header: Gguf, info: ModelInfo, options: LoadOptions) -> None:
+        from ai_assistant.engines.native import default_threads, library
+        from ai_assistant.engines.templates import ChatTemplate
+        from ai_assistant.engines.vocabulary import Vocabulary
+
+        self._lib = library()
+        self._model = model
+        self._info = info
+        self._context_length = options.context_length
+        self._threads = options.threads or default_threads()
+        self._options = options
+        self._vocabulary = Vocabulary(self._lib, model, header.tokens[1])
+        bos, eos = (self._vocabulary.text_of(each) for each in (self._vocabulary.bos, self._vocabulary.eos))
+        self._template = ChatTemplate(header.chat_template, bos, eos)
+        self._embedder: Any = None
+        self._lock = threading.Lock()
+        self._closed = False
+        self._context: Any = None
+        self._scheduler: Any = None
+        if info.architecture in gguf_rules.DECODERS:
+            self._start()
+
+    def _start(self) -> None:
+        from ai_assistant.engines.native import last_messages
+        from ai_assistant.engines.scheduler import Scheduler
+
+        lib, options = self._lib, self._options
+        parameters = lib.llama_context_default_params()
+        # One cache for all sequences: a step then reads the weights once, whatever sequences are in it.
+        parameters.kv_unified = True
+        parameters.n_ctx = -(-self._context_length * options.sequences // 256) * 256
+        parameters.n_batch = parameters.n_ubatch = options.batch_tokens
+        parameters.n_seq_max = options.sequences
+        # Only the last token of each sequence needs logits; reserving them for the whole batch takes
+        # hundreds of megabytes with a large vocabulary.
+        parameters.n_outputs_max = options.sequences
+        parameters.n_threads = parameters.n_threads_batch = self._threads
+        parameters.no_perf = True
+        parameters.offload_kqv = False
+        parameters.op_offload = False
+        last_messages()
+        self._context = lib.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise OutOfMemory(
+                f"no context of {options.sequences} × {self._context_length} tokens: {last_messages()[:300]}",
+                hint="load with a smaller context_length or fewer sequences",
+            )
+        self._scheduler = Scheduler(
+            lib,
+            self._context,
+            self._vocabulary,
+            context_length=self._context_length,
+            sequences=options.sequences,
+            batch_tokens=options.batch_tokens,
+            max_queued=int(options.extra.get("max_queued", MAX_QUEUED)),
+        )
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that one generation may use, prompt and answer together."""
+        return self._context_length
+
+    def generate(self, request: GenerateRequest) -> LlamaGeneration:
+        started = time.monotonic()
+        self._check_open()
+        if self._scheduler is None:
+            raise NotSupported(f"models of architecture {self._info.architecture} make embeddings, not text")
+        from ai_assistant.engines.sampling import Sampler
+        from ai_assistant.engines.scheduler import Task
+        from ai_assistant.engines.tools import check_tools
+
+        functions = check_tools(request.tools, request.tool_choice)
+        forced = bool(functions) and request.tool_choice != "auto"
+        prompt = self._prompt(request, functions)
+        limit = self._limit(len(prompt), request.max_tokens)
+        grammar = _grammar(request, functions if forced else ())
+        sampler = Sampler(self._lib, self._vocabulary.native, self._vocabulary.size, request, grammar)
+        task = Task(prompt, limit, sampler, _output(request, functions, forced), request.logprobs)
+        task.submitted = started
+        try:
+            self._scheduler.submit(task)
+        except AIAssistantError:
+            sampler.close()
+            raise
+        return LlamaGeneration(task, self._scheduler)
+
+    def _prompt(self, request: GenerateRequest, functions: Sequence[Any]) -> Any:
+        if request.messages is not None:
+            text = self._template.render(request.messages, functions)
+        else:
+            text = request.prompt or ""
+        vocabulary = self._vocabulary
+        fewest = vocabulary.fewest_tokens(text)
+        if fewest >= self._context_length:
+            raise self._overflow(f"at least {fewest}", None)
+        # A template writes the beginning-of-text token itself, if the model wants one.
+        tokens = vocabulary.tokenize(text, special=True, begin=request.messages is None)
+        if not len(tokens):
+            raise InvalidArgument("the prompt is empty", param="prompt" if request.messages is None else "messages")
+        if request.messages is not None and vocabulary.adds_bos and tokens[0] != vocabulary.bos:
+            tokens = vocabulary.tokenize(text, special=True, begin=True)
+        return tokens
+
+    def _limit(self, prompt: int, max_tokens: int | None) -> int:
+        room = self._context_length - prompt
+        if room < 1 or (max_tokens is not None and max_tokens > room):
+            raise self._overflow(str(prompt), max_tokens)
+        return room if max_tokens is None else max_tokens
+
+    def _overflow(self, prompt: str, max_tokens: int | None) -> ContextOverflow:
+        asked = "" if max_tokens is None else f", and {max_tokens} more are asked for"
+        return ContextOverflow(
+            f"the prompt has {prompt} tokens{asked}; the context is {self._context_length}",
+            hint="shorten the prompt, lower max_tokens, or load the model with a larger context_length",
+            param="messages" if max_tokens is None else "max_tokens",
+        )
+
+    def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+        self._check_open()
+        if not self._info.can_embed:
+            raise NotSupported(f"models of architecture {self._info.architecture} cannot make embeddings")
+        with self._lock:
+            if self._embedder is None:
+                from ai_assistant.engines.embedding import Embedder
+
+                self._embedder = Embedder(
+                    self._lib, self._model, self._vocabulary,
+                    context_length=self._context_length, threads=self._threads,
+                )  # fmt: skip
+        vectors, tokens = self._embedder.embed(texts)
+        return vectors, tokens
+
+    def tokenize(self, text: str) -> list[int]:
+        self._check_open()
+        tokens: list[int] = self._vocabulary.tokenize(text).tolist()
+        return tokens
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidArgument("the model is closed")
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._scheduler is not None:
+            self._scheduler.close()
+        if self._embedder is not None:
+            self._embedder.close()
+        if self._context:
+            self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+    def __enter__(self) -> LlamaEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LlamaGeneration:
+    """A running generation: an iterator of events. Dropping it cancels it."""
+
+    def __init__(self, task: Any, scheduler: Any) -> None:
+        self._task = task
+        self._scheduler = scheduler
+        self._done = False
+
+    def __iter__(self) -> LlamaGeneration:
+        return self
+
+    def __next__(self) -> Event:
+        if self._done:
+            raise StopIteration
+        task = self._task
+        item: Event | AIAssistantError = task.events.get()
+        if task.paused and task.events.qsize() < 64:
+            self._scheduler.wake()
+        if isinstance(item, AIAssistantError):
+            self._done = True
+            raise item
+        if isinstance(item, Finished):
+            self._done = True
+        return item
+
+    def cancel(self) -> None:
+        if not self._done:
+            self._task.cancelled = True
+            self._scheduler.wake()
+
+    def __del__(self) -> None:
+        self.cancel()
+
+
+def checked_options(options: LoadOptions) -> LoadOptions:
+    """The options, if they make sense.
+
+    Raises:
+        InvalidArgument: with the option's name.
+    """
+    for name, low, high in (
+        ("context_length", 0, gguf_rules.MAX_CONTEXT),
+        ("sequences", 1, MAX_SEQUENCES),
+        ("threads", 0, 512),
+        ("batch_tokens", 1, 8192),
+        ("memory_limit_bytes", 0, 1 << 50),
+    ):
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InvalidArgument(f"{name} must be between {low} and {high}, not {value!r:.40}", param=name)
+    queued = options.extra.get("max_queued", MAX_QUEUED)
+    if isinstance(queued, bool) or not isinstance(queued, int) or not 0 <= queued <= 1024:
+        raise InvalidArgument("max_queued must be between 0 and 1024", param="max_queued")
+    return replace(options, batch_tokens=max(options.batch_tokens, options.sequences))
+
+
+def _check_memory(header: Gguf, options: LoadOptions) -> None:
+    needed = gguf_rules.estimate_memory_bytes(header, options)
+    limit = options.memory_limit_bytes
+    if limit and needed > limit:
+        raise OutOfMemory(
+            f"the model needs about {needed >> 20} MiB ({header.weight_bytes >> 20} MiB of weights, "
+            f"{gguf_rules.kv_bytes(header, options) >> 20} MiB for {options.sequences} × {options.context_length} "
+            f"tokens); the limit is {limit >> 20} MiB",
+            hint="load with a smaller context_length or fewer sequences",
+        )
+
+
+def _grammar(request: GenerateRequest, forced: Sequence[Any]) -> str | None:
+    if forced:
+        from ai_assistant.engines.tools import call_schema
+
+        return grammar_of(call_schema(forced, request.tool_choice), param="tools")
+    if request.response_schema is not None:
+        return grammar_of(request.response_schema)
+    return None
+
+
+def _output(request: GenerateRequest, functions: Sequence[Any], forced: bool) -> Any:
+    from ai_assistant.engines.output import AutoCalls, ForcedCall, PlainOutput
+
+    names = frozenset(str(each["name"]) for each in functions)
+    if forced:
+        return ForcedCall(names)
+    if names and request.response_schema is None:
+        return AutoCalls(request.stop, names)
+    return PlainOutput(request.stop, keep=request.response_schema is not None)
+
+
+__all__ = ["Cancelled", "LlamaEngine", "LlamaGeneration", "checked_options"]

@@ -1,0 +1,188 @@
+"""Tools: how a model is told of them, how a call is enforced, and how one is found in what it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ai_assistant.engines.contract import ToolCall
+from ai_assistant.errors import InvalidArgument
+
+MAX_TOOLS = 128
+MAX_NAME = 64
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_BARE = ('{"name":', '{"arguments":', '{"parameters":', '{"function":', '{"type":"function"')
+_MAX_CALL = 256 << 10
+"""Text that is still no call after this much is shown as text."""
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]], choice: str) -> list[Mapping[str, Any]]:
+    """The `function` objects of OpenAI tool definitions; [] when `choice` is "none".
+
+    Raises:
+        InvalidArgument: a definition or the choice is wrong, with its place.
+    """
+    if len(tools) > MAX_TOOLS:
+        raise InvalidArgument(f"there are {len(tools)} tools, more than {MAX_TOOLS}", param="tools")
+    functions: list[Mapping[str, Any]] = []
+    names: set[str] = set()
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        function = tool.get("function")
+        if tool.get("type", "function") != "function" or not isinstance(function, Mapping):
+            raise InvalidArgument(f"{where} is not of type function", param=where)
+        name = function.get("name")
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+            raise InvalidArgument(f"{where}.function.name must be 1 to {MAX_NAME} characters", param=where)
+        if name in names:
+            raise InvalidArgument(f"two tools are called {name!r}", param=where)
+        if not isinstance(function.get("parameters") or {}, Mapping):
+            raise InvalidArgument(f"{where}.function.parameters must be a JSON schema", param=where)
+        names.add(name)
+        functions.append(function)
+    if choice == "none":
+        return []
+    if choice == "required" and not functions:
+        raise InvalidArgument("tool_choice is required, but there are no tools", param="tool_choice")
+    if choice not in ("auto", "required") and choice not in names:
+        raise InvalidArgument(f"tool_choice names the unknown tool {choice[:80]!r}", param="tool_choice")
+    return functions
+
+
+def call_schema(functions: Sequence[Mapping[str, Any]], choice: str) -> dict[str, Any]:
+    """The schema of the call that `choice` ("required" or a name) forces: a name and fitting arguments."""
+    wanted = [each for each in functions if choice in ("required", each["name"])]
+    return {
+        "oneOf": [
+            {
+                "type": "object",
+                "properties": {"name": {"const": each["name"]}, "arguments": _parameters(each)},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for each in wanted
+        ]
+    }
+
+
+def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+    assert isinstance(schema, Mapping)
+    # A schema without a type is an object all the same: arguments always are.
+    return schema if any(each in schema for each in ("type", "$ref", "anyOf", "oneOf", "allOf")) else {
+        **schema, "type": "object"
+    }  # fmt: skip
+
+
+def describe(functions: Sequence[Mapping[str, Any]]) -> str:
+    """System text that tells of the tools, for templates that do not do it themselves."""
+    lines = [json.dumps({"type": "function", "function": each}, ensure_ascii=False) for each in functions]
+    return (
+        "You may call one or more of these functions to help with the user's request:\n<tools>\n"
+        + "\n".join(lines)
+        + "\n</tools>\nTo call a function, write its name and arguments as a JSON object inside tags:\n"
+        '<tool_call>\n{"name": "<function name>", "arguments": {<arguments>}}\n</tool_call>'
+    )
+
+
+def parse_call(text: str, names: frozenset[str]) -> ToolCall | None:
+    """The call that a JSON object describes, or None if it is none of a known tool."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value["function"]
+    if not isinstance(value, dict) or value.get("name") not in names:
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        # Some models quote the object once more.
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(arguments, dict):
+        return None
+    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+
+
+class ToolReader:
+    """Finds calls in text that arrives in pieces, and lets everything else through as early as possible."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+        self._held = ""
+        self._calls: list[ToolCall] = []
+        self._begun = False
+        """Something was shown, so a bare object no longer counts as a call."""
+
+    def feed(self, text: str) -> str:
+        """What may be shown now."""
+        self._held += text
+        shown = ""
+        while self._held:
+            piece, wait = self._next()
+            shown += piece
+            if wait:
+                break
+        if shown.strip():
+            self._begun = True
+        return shown
+
+    def _next(self) -> tuple[str, bool]:
+        """The next piece to show, and whether more text is needed to go on."""
+        held = self._held
+        at = held.find(_OPEN)
+        if at == 0:
+            end = held.find(_CLOSE)
+            if end < 0:
+                return ("", True) if len(held) <= _MAX_CALL else (self._take(len(held)), False)
+            call = parse_call(held[len(_OPEN) : end], self._names)
+            whole = self._take(end + len(_CLOSE))
+            if call is None:
+                return whole, False
+            self._calls.append(call)
+            return "", False
+        if not self._begun and not self._calls and _may_be_bare(held):
+            return "", len(held) <= _MAX_CALL
+        if at > 0:
+            before = self._take(at)
+            return ("" if self._calls and not before.strip() else before), False
+        keep = _partial_tag(held)
+        if self._calls and not held[: len(held) - keep].strip():
+            # Blank space between or behind calls belongs to them.
+            self._held = held[len(held) - keep :]
+            return "", True
+        return self._take(len(held) - keep), True
+
+    def _take(self, count: int) -> str:
+        taken, self._held = self._held[:count], self._held[count:]
+        return taken
+
+    def finish(self) -> tuple[str, tuple[ToolCall, ...]]:
+        """The rest of the text, and all calls."""
+        rest = self._held
+        self._held = ""
+        # A model that was stopped at its end-of-turn token may leave out the closing tag.
+        body = rest[len(_OPEN) :] if rest.startswith(_OPEN) else rest if not self._begun and not self._calls else ""
+        call = parse_call(body, self._names) if body.strip() else None
+        if call is not None:
+            self._calls.append(call)
+            rest = ""
+        if self._calls and not rest.strip():
+            rest = ""
+        return rest, tuple(self._calls)
+
+
+def _may_be_bare(text: str) -> bool:
+    head = "".join(text[:200].split())
+    return bool(head) and any(head.startswith(each) or each.startswith(head) for each in _BARE)
+
+
+def _partial_tag(text: str) -> int:
+    for length in range(min(len(_OPEN) - 1, len(text)), 0, -1):
+        if _OPEN.startswith(text[-length:]):
+            return length
+    return 0

@@ -1,0 +1,269 @@
+"""The worker's side of the connection: one thread reads, others pump events back.
+
+Every blocking write goes through one lock; a daemon that does not read therefore stops the pumps, the
+pumps stop reading their generations, and the engine stops decoding for them. Memory stays bounded
+without a queue of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from typing import Any
+
+from ai_assistant.daemon.worker.frames import FrameReader, ProtocolError, encode
+from ai_assistant.engines.contract import (
+    Chunk,
+    Engine,
+    Event,
+    Finished,
+    GenerateRequest,
+    Generation,
+    LoadOptions,
+    event_to_dict,
+)
+from ai_assistant.errors import AIAssistantError, Busy, Cancelled, InternalError, InvalidArgument
+
+MAX_REQUESTS = 128
+_POOL_BEYOND_SEQUENCES = 16
+_HEADROOM_BYTES = 512 << 20
+"""Beyond the model's memory limit: the interpreter, and stacks, which count as reserved and not as used."""
+_RECEIVE = 1 << 18
+
+Open = Callable[[int, LoadOptions, Callable[[float], None]], Engine]
+
+
+class WorkerServer:
+    """Serves one connection until it ends.
+
+    Args:
+        sock: connected to the daemon.
+        open_model: makes the engine from a descriptor.
+    """
+
+    def __init__(self, sock: socket.socket, open_model: Open) -> None:
+        sock.setblocking(True)
+        self._sock = sock
+        self._open_model = open_model
+        self._sending = threading.Lock()
+        self._engine: Engine | None = None
+        self._loading = False
+        self._pool = ThreadPoolExecutor(1, "request")
+        self._active: dict[int, _Request] = {}
+        self._lock = threading.Lock()
+
+    def serve(self) -> None:
+        """Read frames until the daemon closes the connection.
+
+        Raises:
+            ProtocolError: the daemon does not speak the protocol.
+        """
+        reader = FrameReader()
+        while True:
+            try:
+                data, fds, _flags, _address = socket.recv_fds(self._sock, _RECEIVE, 4, socket.MSG_CMSG_CLOEXEC)
+            except ConnectionError:
+                return
+            if not data:
+                return
+            try:
+                for message in reader.feed(data):
+                    self._handle(message, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
+        number, op = message.get("id"), message.get("op")
+        if isinstance(number, bool) or not isinstance(number, int) or not isinstance(op, str):
+            raise ProtocolError("a request without id or op")
+        try:
+            if op == "load":
+                self._load(message, fds)
+            elif op == "cancel":
+                self._cancel(number)
+            elif op == "ping" and self._engine is not None:
+                self._send({"id": number, "event": "result", "value": None})
+            elif self._engine is None:
+                raise InvalidArgument("no model is loaded")
+            elif op in ("generate", "embed", "tokenize"):
+                self._accept(number, op, message)
+            else:
+                raise InvalidArgument(f"the operation {op[:40]!r} is unknown")
+        except AIAssistantError as error:
+            self._send_error(number, error)
+
+    def _load(self, message: dict[str, Any], fds: list[int]) -> None:
+        if self._loading or message["id"] != 0:
+            raise InvalidArgument("a worker loads one model only")
+        if len(fds) != 1:
+            raise InvalidArgument("a load needs exactly one descriptor")
+        options = _options(message.get("options"))
+        self._loading = True
+        limit_memory(options.memory_limit_bytes)
+        # Not on this thread, so that the daemon's end is noticed while a large file is read.
+        threading.Thread(target=self._load_model, args=(os.dup(fds[0]), options), name="load", daemon=True).start()
+
+    def _load_model(self, fd: int, options: LoadOptions) -> None:
+        def progress(value: float) -> None:
+            self._send({"id": 0, "event": "progress", "value": value})
+
+        try:
+            engine = self._open_model(fd, options, progress)
+            queued = options.extra.get("max_queued", MAX_REQUESTS)
+            self._pool = ThreadPoolExecutor(options.sequences + min(queued, _POOL_BEYOND_SEQUENCES), "request")
+            self._engine = engine
+            self._send({"id": 0, "event": "loaded", "info": asdict(engine.info)})
+        except AIAssistantError as error:
+            self._send_error(0, error)
+        except MemoryError:
+            self._send_error(0, InternalError("the worker has no memory left"))
+        except Exception as error:
+            self._send_error(0, InternalError(f"loading failed: {type(error).__name__}: {error}"))
+        finally:
+            os.close(fd)
+
+    def _accept(self, number: int, op: str, message: dict[str, Any]) -> None:
+        with self._lock:
+            if number in self._active:
+                raise ProtocolError(f"request {number} is already running")
+            if len(self._active) >= MAX_REQUESTS:
+                raise Busy(f"{len(self._active)} requests are waiting", hint="try again later")
+            request = self._active[number] = _Request()
+        work = {"generate": self._generate, "embed": self._embed, "tokenize": self._tokenize}[op]
+        self._pool.submit(self._run, number, request, work, message)
+
+    def _cancel(self, number: int) -> None:
+        with self._lock:
+            request = self._active.get(number)
+        if request is not None:
+            request.cancel()
+
+    def _run(self, number: int, request: _Request, work: Callable[..., None], message: dict[str, Any]) -> None:
+        try:
+            if request.cancelled:
+                raise Cancelled("the generation was cancelled")
+            work(number, request, message)
+        except AIAssistantError as error:
+            self._send_error(number, error)
+        except OSError:
+            pass  # The daemon is gone; the reader ends the process.
+        except MemoryError:
+            self._send_error(number, InternalError("the worker has no memory left"))
+        except Exception as error:
+            self._send_error(number, InternalError(f"the engine failed: {type(error).__name__}: {error}"))
+        finally:
+            with self._lock:
+                self._active.pop(number, None)
+
+    def _generate(self, number: int, request: _Request, message: dict[str, Any]) -> None:
+        values = message.get("request")
+        if not isinstance(values, dict):
+            raise InvalidArgument("a generation without a request")
+        assert self._engine is not None
+        generation = self._engine.generate(GenerateRequest.from_dict(values))
+        request.attach(generation)
+        try:
+            for event in generation:
+                self._send_bytes(_event_frame(number, event))
+        finally:
+            generation.cancel()
+
+    def _embed(self, number: int, _request: _Request, message: dict[str, Any]) -> None:
+        texts = message.get("texts")
+        if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
+            raise InvalidArgument("texts must be a list of strings", param="input")
+        assert self._engine is not None
+        vectors, tokens = self._engine.embed(texts)
+        self._send({"id": number, "event": "result", "value": {"vectors": vectors, "tokens": tokens}})
+
+    def _tokenize(self, number: int, _request: _Request, message: dict[str, Any]) -> None:
+        text = message.get("text")
+        if not isinstance(text, str):
+            raise InvalidArgument("text must be a string")
+        assert self._engine is not None
+        self._send({"id": number, "event": "result", "value": self._engine.tokenize(text)})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            frame = encode(message)
+        except ValueError as error:
+            frame = encode({"id": message["id"], "event": "error", **InvalidArgument(str(error)).to_dict()})
+        self._send_bytes(frame)
+
+    def _send_error(self, number: int, error: AIAssistantError) -> None:
+        # As in `_run`: when the daemon is gone, nobody is left to tell.
+        with contextlib.suppress(OSError):
+            self._send({"id": number, "event": "error", **error.to_dict()})
+
+    def _send_bytes(self, frame: bytes) -> None:
+        with self._sending:
+            self._sock.sendall(frame)
+
+
+class _Request:
+    """A running request; a cancellation may come before its generation exists."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._generation: Generation | None = None
+        self._lock = threading.Lock()
+
+    def attach(self, generation: Generation) -> None:
+        with self._lock:
+            self._generation = generation
+            cancelled = self.cancelled
+        if cancelled:
+            generation.cancel()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self.cancelled = True
+            generation = self._generation
+        if generation is not None:
+            generation.cancel()
+
+
+def _event_frame(number: int, event: Event) -> bytes:
+    if isinstance(event, Chunk) and not event.logprobs:
+        # Once per token: written out, which is four times as fast as going through asdict.
+        body = f'{{"id":{number},"event":"chunk","text":{json.dumps(event.text)}}}'.encode()
+        return len(body).to_bytes(4, "big") + body
+    assert isinstance(event, Chunk | Finished)
+    return encode({"id": number, **event_to_dict(event)})
+
+
+def _options(values: Any) -> LoadOptions:
+    if not isinstance(values, dict):
+        raise InvalidArgument("a load without options")
+    known = {each.name for each in fields(LoadOptions)}
+    for key, value in values.items():
+        if key not in known:
+            raise InvalidArgument(f"unknown load option {str(key)[:40]!r}", param=str(key)[:40])
+        if key == "extra" and not isinstance(value, dict):
+            raise InvalidArgument("extra must be an object", param="extra")
+    return LoadOptions(**values)
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """Hold this process to a model's memory limit; 0 leaves it as it is.
+
+    RLIMIT_DATA counts private writable memory, so the mapped weights do not count, but copies of them,
+    caches and buffers do. RLIMIT_AS bounds the whole, mapped files included.
+    """
+    if isinstance(limit_bytes, bool) or not isinstance(limit_bytes, int) or limit_bytes <= 0:
+        return
+    for kind, limit in (
+        (resource.RLIMIT_DATA, limit_bytes + _HEADROOM_BYTES),
+        (resource.RLIMIT_AS, 2 * limit_bytes + 4 * _HEADROOM_BYTES),
+    ):
+        _soft, hard = resource.getrlimit(kind)
+        wanted = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (wanted, wanted))
