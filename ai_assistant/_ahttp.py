@@ -1,34 +1,40 @@
-"""HTTP over the API's unix socket on asyncio streams, for the asynchronous client.
+"""HTTP over the API's unix socket on asyncio, for the asynchronous client.
 
 Only what this one service needs: one request per connection, and bodies with a length, in chunks, or
-up to the end of the connection.
+up to the end of the connection. On a bare socket, since asyncio's streams throw away an answer that was
+received when sending fails – which is how a service refuses a body that is too long.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from ai_assistant import _wire
-from ai_assistant._http import refused
+from ai_assistant._http import DRAIN_S, refused
 from ai_assistant._sse import SSEParser
-from ai_assistant._transport import connect_failed, went_away
+from ai_assistant._transport import connect_failed, no_http, went_away
 from ai_assistant.engines.contract import Event
-from ai_assistant.errors import InternalError
+from ai_assistant.errors import AIAssistantError
 
 _PIECE = 64 * 1024
-_MAX_HEADERS = 100
-_BROKEN = (OSError, EOFError, asyncio.LimitOverrunError, ValueError)
+_MAX_HEAD_BYTES = 64 * 1024
+_BROKEN = (OSError, EOFError, ValueError)
 
 
 class Exchange:
     """One request and its answer on a connection of its own; closing it early cancels the request."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, timeout_s: float | None) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, timeout_s: float | None) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.setblocking(False)
         self._timeout = timeout_s
+        self._buffer = bytearray()
+        self._receiving = False
+        self._closed = False
         self.status = 0
         self.headers: dict[str, str] = {}
 
@@ -38,13 +44,13 @@ class Exchange:
         Raises:
             AIAssistantError: the service cannot be reached, or its answer is an error.
         """
+        self = cls(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_unix_connection(path)
-        except (OSError, ValueError) as error:
-            raise connect_failed(error, path) from error
-        self = cls(reader, writer, timeout_s)
-        try:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.get_running_loop().sock_connect(self._socket, path)
+            except (OSError, ValueError) as error:
+                raise connect_failed(error, path) from error
             await self._send(method, target, body)
             await self._read_head()
             if self.status >= 400:
@@ -58,31 +64,56 @@ class Exchange:
         head = [f"{method} {target} HTTP/1.1", "Host: localhost", "Connection: close"]
         if body is not None:
             head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        loop = asyncio.get_running_loop()
         try:
-            self._writer.write("\r\n".join([*head, "", ""]).encode("latin-1") + (body or b""))
             async with asyncio.timeout(self._timeout):
-                await self._writer.drain()
+                await loop.sock_sendall(self._socket, "\r\n".join([*head, "", ""]).encode("latin-1"))
+                await loop.sock_sendall(self._socket, body or b"")
         except TimeoutError as error:
             raise went_away(error) from error
         except OSError:
-            pass  # a refusal may already lie in the receive buffer; if not, reading fails and says so
+            pass  # the refusal may lie in the receive buffer already; if not, reading fails and says so
+
+    async def _receive(self) -> bytes:
+        """What has come, or b"" at the end of the connection."""
+        if self._closed:
+            raise EOFError
+        self._receiving = True
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await asyncio.get_running_loop().sock_recv(self._socket, _PIECE)
+        finally:
+            self._receiving = False
+            if self._closed:
+                self._socket.close()
 
     async def _line(self) -> bytes:
-        async with asyncio.timeout(self._timeout):
-            return (await self._reader.readuntil(b"\n")).rstrip(b"\r\n")
+        start = 0
+        while (end := self._buffer.find(b"\n", start)) < 0:
+            start = len(self._buffer)
+            if start > _MAX_HEAD_BYTES:
+                raise ValueError("a line without end")
+            piece = await self._receive()
+            if not piece:
+                raise EOFError
+            self._buffer += piece
+        line = bytes(self._buffer[:end]).rstrip(b"\r")
+        del self._buffer[: end + 1]
+        return line
 
     async def _read_head(self) -> None:
         try:
             while self.status < 200:  # 1xx answers come before the real one
-                version, code, *_ = (await self._line()).split(b" ", 2)
-                if not version.startswith(b"HTTP/1."):
-                    raise InternalError("this is not the API socket: it does not speak HTTP")
-                self.status, self.headers = int(code), {}
+                version, _, rest = (await self._line()).partition(b" ")
+                if not version.startswith(b"HTTP/1.") or not rest[:3].isdigit():
+                    raise no_http()
+                self.status, self.headers, size = int(rest[:3]), {}, 0
                 while line := await self._line():
+                    size += len(line)
+                    if size > _MAX_HEAD_BYTES:
+                        raise ValueError("headers without end")
                     name, _, value = line.decode("latin-1").partition(":")
                     self.headers[name.strip().lower()] = value.strip()
-                    if len(self.headers) > _MAX_HEADERS:
-                        raise InternalError("the service sent too many headers")
         except _BROKEN as error:
             raise went_away(error) from error
 
@@ -95,14 +126,14 @@ class Exchange:
             if "chunked" in self.headers.get("transfer-encoding", "").lower():
                 while size := int((await self._line()).partition(b";")[0], 16):
                     while size:
-                        piece = await self._some(min(size, _PIECE))
+                        piece = await self._some(size)
                         size -= len(piece)
                         yield piece
                     await self._line()
             elif "content-length" in self.headers:
                 left = int(self.headers["content-length"])
                 while left:
-                    piece = await self._some(min(left, _PIECE))
+                    piece = await self._some(left)
                     left -= len(piece)
                     yield piece
             else:
@@ -112,15 +143,26 @@ class Exchange:
             raise went_away(error) from error
 
     async def _some(self, most: int, *, ended: bool = False) -> bytes:
-        async with asyncio.timeout(self._timeout):
-            piece = await self._reader.read(most)
+        if not self._buffer:
+            self._buffer += await self._receive()
+        piece = bytes(self._buffer[:most])
+        del self._buffer[:most]
         if not piece and not ended:
             raise EOFError
         return piece
 
+    def patience(self, seconds: float) -> None:
+        self._timeout = seconds
+
     def close(self) -> None:
-        # abort() and not close(): what was not sent yet is of no use, and the daemon must notice at once.
-        self._writer.transport.abort()
+        """Idempotent. A receive that another task waits in ends, and then closes the socket itself."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if not self._receiving:
+            self._socket.close()
 
 
 async def call(path: str, method: str, target: str, body: Any = None, *, timeout_s: float | None) -> bytes:
@@ -135,11 +177,17 @@ async def events(exchange: Exchange) -> AsyncGenerator[Event]:
     """The answer's events; ends after `Finished`."""
     parser, decoder = SSEParser(), _wire.EventDecoder()
     try:
-        async for piece in exchange.pieces():
+        pieces = exchange.pieces()
+        async for piece in pieces:
             for data in parser.feed(piece):
                 for event in decoder.feed(data):
                     yield event
                 if decoder.done:
+                    # Or the service would see a client that left early.
+                    exchange.patience(DRAIN_S)
+                    with contextlib.suppress(AIAssistantError):
+                        async for _ in pieces:
+                            pass
                     return
         raise went_away()
     finally:

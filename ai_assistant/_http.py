@@ -10,10 +10,11 @@ from typing import Any
 
 from ai_assistant import _wire
 from ai_assistant._sse import SSEParser
-from ai_assistant._transport import connect_failed, went_away
+from ai_assistant._transport import connect_failed, no_http, went_away
 from ai_assistant.engines.contract import Event
 from ai_assistant.errors import AIAssistantError, Busy
 
+DRAIN_S = 1.0
 _PIECE = 64 * 1024
 _BROKEN = (OSError, http.client.HTTPException)
 
@@ -70,6 +71,8 @@ class Exchange:
         try:
             return self._connection.getresponse()
         except _BROKEN as error:
+            if type(error) is http.client.BadStatusLine:  # its subclass means that the connection ended
+                raise no_http() from error
             raise went_away(sending or error) from error
 
     def read(self) -> bytes:
@@ -90,6 +93,14 @@ class Exchange:
             if not piece:
                 return
             yield piece
+
+    def drain(self) -> None:
+        """Take the end of a body that has told all, so that the service does not see a client that left early."""
+        assert self._socket is not None
+        with contextlib.suppress(AIAssistantError, OSError):
+            self._socket.settimeout(DRAIN_S)
+            for _ in self.pieces():
+                pass
 
     def close(self) -> None:
         if self._socket is not None:
@@ -129,6 +140,7 @@ def events(exchange: Exchange) -> Iterator[Event]:
             for data in parser.feed(piece):
                 yield from decoder.feed(data)
                 if decoder.done:
+                    exchange.drain()
                     return
         raise went_away()
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ai_assistant.errors import (
     AIAssistantError,
     Busy,
+    InternalError,
     InvalidArgument,
     InvalidModel,
     NoSuchModel,
@@ -51,6 +52,10 @@ def went_away(error: Exception | None = None) -> AIAssistantError:
     if isinstance(error, TimeoutError):
         return Timeout("the service did not answer in time", hint="give a longer timeout, or see ai-assistant status")
     return ServiceUnavailable("the service went away in the middle of the request", hint=AGAIN_HINT)
+
+
+def no_http() -> AIAssistantError:
+    return InternalError("what listens there is not the API socket: it does not speak HTTP", hint=f"check {SOCKET_ENV}")
 
 
 def open_model_file(path: str | os.PathLike[str]) -> int:

@@ -68,7 +68,7 @@ def served_default(rows: Any) -> str:
             name=str(row.get("id", "")),
             state=str(row.get("state", "")),
             created=int(row.get("created") or 0),
-            builtin=bool(row.get("builtin", str(row.get("id", "")).startswith("assistant:"))),
+            builtin=row.get("owned_by") == "ai-assistant",
             transient=bool(row.get("transient", False)),
         )
         for row in rows
