@@ -47,6 +47,9 @@ def test_the_other_slot_is_there(machine: VM) -> None:
     labels = machine.run("lsblk", "--noheadings", "--output", "PARTLABEL", "/dev/vda").split()
     assert labels.count("_empty") == 2, labels
     assert {"esp", "var"} <= set(labels)
+    sizes = machine.run("lsblk", "--noheadings", "--bytes", "--raw", "--output", "PARTTYPENAME,SIZE", "/dev/vda")
+    assert sizes.count(str(300 * 2**20)) == 2, sizes
+    assert sizes.count(str(8 * 2**20)) == 2, sizes
 
 
 def test_there_is_a_tpm_and_the_boot_was_measured(machine: VM) -> None:
