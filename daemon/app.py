@@ -24,6 +24,7 @@ from ai_assistant.daemon.registry import BUILTIN_DIRECTORY, Registry
 from ai_assistant.daemon.residency import Residency, Worker, load_options
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.status import Machine
+from ai_assistant.daemon.worker.protocol import WorkerClient
 from ai_assistant.errors import ServiceUnavailable
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,7 @@ def connector(path: Path) -> Callable[[], Awaitable[Worker]]:
     """A function that starts a worker by connecting to its socket unit."""
 
     async def connect() -> Worker:
-        from ai_assistant.daemon.worker.client import WorkerClient
-
-        return await WorkerClient.connect(path)
+        return await WorkerClient.connect(str(path))
 
     return connect
 

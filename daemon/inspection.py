@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import sys
+import weakref
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from ai_assistant.engines.contract import LoadOptions, ModelInfo
 from ai_assistant.errors import AIAssistantError, InvalidModel, Timeout, from_name
 
 TIMEOUT_S = 60.0
+_AT_A_TIME = 2
+_slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 _MEMORY_BYTES = 2 << 30
 _ANSWER_BYTES = 1 << 20
 
@@ -56,6 +59,13 @@ async def inspect(fd: int, options: LoadOptions, *, timeout_s: float = TIMEOUT_S
         InvalidModel: with the reason.
         Timeout: the file cannot be read in time.
     """
+    loop = asyncio.get_running_loop()
+    # Each is a process with a core of its own: many callers at once wait here, not the machine.
+    async with _slots.setdefault(loop, asyncio.Semaphore(_AT_A_TIME)):
+        return await _inspect(fd, options, timeout_s)
+
+
+async def _inspect(fd: int, options: LoadOptions, timeout_s: float) -> Inspection:
     arguments = [str(fd), json.dumps(asdict(options))]
     child = await asyncio.create_subprocess_exec(
         sys.executable,

@@ -62,7 +62,12 @@ class OpenFile:
         """Raises OSError."""
         if self._fd < 0:
             raise OSError(errno.EBADF, "the model was given up")
-        return os.dup(self._fd)
+        try:
+            # A new open file, so that nobody's reading moves the position of anybody else.
+            return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            # The daemon may not open this file by itself; whoever passed it could.
+            return os.dup(self._fd)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -30,9 +31,14 @@ _STABLE_S = 60.0
 
 
 class Worker(Protocol):
-    """One worker process, seen from the daemon; `daemon/worker` has the real one."""
+    """One worker process, seen from the daemon; `daemon/worker/protocol.py` has the real one."""
 
-    async def load(self, fd: int, options: LoadOptions, progress: Callable[[float], None]) -> ModelInfo: ...
+    died: asyncio.Future[str]
+    """Done when the process is gone, for whatever reason."""
+
+    async def load(
+        self, fd: int, options: LoadOptions, on_progress: Callable[[float], None] | None = None
+    ) -> ModelInfo: ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event]: ...
 
@@ -41,10 +47,7 @@ class Worker(Protocol):
     async def tokenize(self, text: str) -> list[int]: ...
 
     async def close(self) -> None:
-        """End the process and wait until its memory is free."""
-
-    async def wait_lost(self) -> None:
-        """Until the process is gone, for whatever reason."""
+        """End the process."""
 
 
 @dataclass(eq=False, slots=True)
@@ -238,8 +241,6 @@ class Residency:
         log.info("loaded %s", name, extra={"MODEL": name})
 
     async def _send_model(self, slot: _Slot, worker: Worker) -> None:
-        import os
-
         fd = slot.entry.open()
         try:
             await worker.load(fd, slot.entry.options or self.options, lambda value: _tell(slot, value))
@@ -282,6 +283,15 @@ class Residency:
                 victim = min(idle, key=lambda each: each.last_used)
                 log.info("unloading %s to make room for %s", victim.entry.name, slot.entry.name)
                 await self._drop(victim)
+                await self._settled(needed + reserve + promised)
+
+    async def _settled(self, wanted: int) -> None:
+        """A process takes a moment to give its memory back; do not evict the next one meanwhile."""
+        for _ in range(20):
+            available = self._memory_available()
+            if available is None or available >= wanted:
+                return
+            await asyncio.sleep(0.05)
 
     # ---- leaving
 
@@ -301,10 +311,11 @@ class Residency:
             self._set(slot, ModelState.UNLOADED)
 
     async def _watch(self, slot: _Slot, worker: Worker) -> None:
-        await worker.wait_lost()
+        await asyncio.wait([worker.died])
         slot.worker = None
         slot.watch = None
-        log.error("the worker of %s died", slot.entry.name, extra={"MODEL": slot.entry.name})
+        reason = worker.died.result()
+        log.error("the worker of %s died: %s", slot.entry.name, reason, extra={"MODEL": slot.entry.name})
         if self._now() - slot.loaded_at > _STABLE_S:
             slot.crashes = 0
         self._crashed(slot)

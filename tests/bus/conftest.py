@@ -1,0 +1,70 @@
+"""One daemon for each test file, and its log when a test fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.bus import world as worlds
+from tests.bus.client import Client, connected
+from tests.bus.world import World
+from tests.support import gguf_writer
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.bus)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    used = getattr(item, "funcargs", {}).get("world")
+    if report.failed and isinstance(used, World):
+        report.sections.append(("logs of the world", used.log))
+    return report
+
+
+@pytest.fixture(scope="session")
+def engine() -> str:
+    """Folder of the compiled engine; skips without one."""
+    for each in os.environ.get("PYTHONPATH", "").split(":"):
+        if each and (Path(each) / "llama_cpp").is_dir():
+            return each
+    pytest.skip("no compiled engine on PYTHONPATH")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real GGUF of random weights, small enough to load in a moment."""
+    return gguf_writer.write_llama(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """Bus, polkit and daemon, without workers."""
+    reason = worlds.missing()
+    if reason:
+        pytest.skip(reason)
+    with worlds.temporary_directory() as directory:
+        made = World(directory, large_messages=True)
+        made.prepare()
+        try:
+            made.start_bus()
+            made.start_polkit()
+            made.start_daemon()
+            yield made
+        finally:
+            made.stop()
+
+
+@pytest_asyncio.fixture
+async def client(world: World) -> AsyncIterator[Client]:
+    async with connected(world.address) as made:
+        yield made

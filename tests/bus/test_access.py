@@ -1,0 +1,102 @@
+"""Who may do what, with the real polkit, for users in the two groups and in neither."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bus import world as worlds
+from tests.bus.client import ROOT
+from tests.bus.world import World
+
+
+def import_null(world: World, user: str) -> str:
+    """The name of the error that somebody gets who imports /dev/null, which can be no model."""
+    script = f"""
+import asyncio
+from tests.bus.client import Refused, connected
+async def main():
+    async with connected({world.address!r}) as client:
+        with open("/dev/null", "rb") as file:
+            try:
+                await client.call("Manager", "ImportModel", "hsa{{sv}}", 0, "x", {{}}, fds=(file.fileno(),))
+            except Refused as refused:
+                print(refused.name)
+asyncio.run(main())
+"""
+    command = world.inside([sys.executable, "-c", script], user=worlds.USERS.get(user, 0))
+    env = {**os.environ, "PYTHONPATH": str(worlds.CHECKOUT)}
+    return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+@pytest.mark.parametrize("user", ["outsider", "member", "admin", "root"])
+def test_everybody_may_read(world: World, user: str) -> None:
+    assert "version" in world.call("GetStatus", user=user)
+    assert world.call("ListModels", user=user).startswith("ao")
+
+
+@pytest.mark.parametrize(
+    ("user", "infer", "load", "import_"),
+    [
+        ("outsider", False, False, False),
+        ("member", True, True, False),
+        ("admin", True, True, True),
+        ("root", True, True, True),
+    ],
+)
+def test_groups_decide(world: World, user: str, infer: bool, load: bool, import_: bool) -> None:
+    denied = "not allowed"
+    answer = world.call("Generate", "ssa{sv}", "nope", "hello", "0", user=user, interface="Inference")
+    assert (denied not in answer) == infer, answer
+    assert ("there is no model" in answer) == infer
+    answer = world.call("GetLog", "us", "5", "loud", user=user)
+    assert (denied not in answer) == load, answer
+    answer = import_null(world, user)
+    assert answer == "org.ai_assistant1.Error." + ("InvalidModel" if import_ else "NotAuthorized")
+
+
+def test_the_denial_says_what_to_do(world: World) -> None:
+    answer = world.call("Generate", "ssa{sv}", "nope", "hello", "0", user="outsider", interface="Inference")
+    assert "group ai-assistant)" in answer
+
+
+def test_without_polkit_only_root_may(tiny_model: Path) -> None:
+    if worlds.missing():
+        pytest.skip(worlds.missing())
+    with worlds.temporary_directory() as directory:
+        world = World(directory)
+        world.prepare()
+        try:
+            world.start_bus()
+            world.start_daemon()
+            for user, yes in (("admin", False), ("member", False), ("root", True)):
+                answer = world.call("Generate", "ssa{sv}", "nope", "x", "0", user=user, interface="Inference")
+                assert ("not allowed" not in answer) == yes, answer
+            assert "Health" in world.busctl("introspect", "org.ai_assistant1", ROOT, user="outsider").stdout
+        except AssertionError:
+            print(world.log)
+            raise
+        finally:
+            world.stop()
+
+
+def test_an_action_that_nobody_registered_is_denied(tiny_model: Path) -> None:
+    if worlds.missing():
+        pytest.skip(worlds.missing())
+    with worlds.temporary_directory() as directory:
+        world = World(directory)
+        world.prepare()
+        (directory / "actions" / "org.ai-assistant1.policy").unlink()
+        (directory / "rules" / "50-ai-assistant.rules").unlink()
+        try:
+            world.start_bus()
+            world.start_polkit()
+            world.start_daemon()
+            answer = world.call("Generate", "ssa{sv}", "nope", "x", "0", user="admin", interface="Inference")
+            assert "not allowed" in answer
+        finally:
+            world.stop()
