@@ -94,6 +94,14 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        most = self._limits.header_bytes
+        if self.conn.their_state is h11.IDLE and len(data) > most:
+            # h11 bounds headers only while they are incomplete: show it no more than they may have.
+            super().data_received(data[: most + 1])
+            data = data[most + 1 :]
+            if self.transport.is_closing():
+                self._stop_timers()
+                return
         super().data_received(data)
         if self.transport.is_closing():
             self._stop_timers()

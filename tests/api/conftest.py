@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -38,23 +40,32 @@ class Api:
     async def raw(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_unix_connection(str(self.path))
 
-    async def send(self, data: bytes, seconds: float = 5.0) -> bytes:
-        """Everything the server says to these bytes until it closes; half of it may be unsendable."""
-        reader, writer = await self.raw()
-        try:
-            writer.write(data)
-            await writer.drain()
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        out = b""
-        try:
-            async with asyncio.timeout(seconds):
-                while piece := await reader.read(65536):
-                    out += piece
-        except ConnectionResetError:
-            pass
-        writer.close()
-        return out
+    async def send(self, *pieces: bytes, pause_s: float = 0.0) -> bytes:
+        """Everything the server says to these bytes until it closes, which may be before it has read them."""
+        return (await self.push(*pieces, pause_s=pause_s))[0]
+
+    async def push(self, *pieces: bytes, pause_s: float = 0.0) -> tuple[bytes, int]:
+        """As `send`, and how many of the pieces could be sent.
+
+        With a plain socket in a thread: asyncio's streams forget what has arrived when writing fails.
+        """
+
+        def talk() -> tuple[bytes, int]:
+            sent, out = 0, b""
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(5)
+                sock.connect(str(self.path))
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    for piece in pieces:
+                        sock.sendall(piece)
+                        sent += 1
+                        time.sleep(pause_s)
+                with contextlib.suppress(ConnectionResetError):
+                    while piece := sock.recv(65536):
+                        out += piece
+            return out, sent
+
+        return await asyncio.to_thread(talk)
 
     async def still_answers(self) -> None:
         response = await self.chat("are you there")
@@ -67,9 +78,20 @@ class Api:
 
     async def settled(self) -> None:
         """No task of a request is left, and no generation is open."""
-        async with asyncio.timeout(3):
-            while self.tasks() or self.service.begun != self.service.finished + self.service.closed_early:
-                await asyncio.sleep(0.01)
+        service = self.service
+        await until(lambda: not self.tasks() and service.begun == service.finished + service.closed_early)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
+    """Wait for something that nothing announces."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        await asyncio.sleep(0.01)
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def chat_body(text: str, **more: Any) -> dict[str, Any]:

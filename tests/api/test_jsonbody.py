@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import tracemalloc
@@ -91,10 +92,8 @@ def test_a_whole_pair_of_escaped_surrogates_is_text() -> None:
 def test_the_longest_bodies_cost_bounded_time_and_memory(body: bytes) -> None:
     tracemalloc.start()
     begin = time.process_time()
-    try:
+    with contextlib.suppress(InvalidArgument):
         parse_object(body)
-    except InvalidArgument:
-        pass
     seconds = time.process_time() - begin
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -87,7 +87,7 @@ async def test_streamed_tools(client: AsyncOpenAI) -> None:
 
 
 async def test_json_schema(client: AsyncOpenAI) -> None:
-    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    schema: Any = {"type": "object", "properties": {"city": {"type": "string"}}}
     answer = await client.chat.completions.create(
         model="assistant", messages=USER,
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
@@ -168,10 +168,14 @@ async def test_an_error_in_the_middle_of_a_stream_is_raised_there(api: Api, clie
     stream = await client.chat.completions.create(
         model="assistant", messages=[{"role": "user", "content": "!break X"}], stream=True
     )
-    texts = []
-    with pytest.raises(openai.APIError, match="the worker died"):
+    texts: list[str | None] = []
+
+    async def read() -> None:
         async for chunk in stream:
             texts.append(chunk.choices[0].delta.content)
+
+    with pytest.raises(openai.APIError, match="the worker died"):
+        await read()
     assert texts == ["", "one ", "two "]
 
 

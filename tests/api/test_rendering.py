@@ -136,7 +136,9 @@ async def test_log_probabilities_of_a_chat() -> None:
 
 
 async def test_log_probabilities_of_a_text_count_offsets_over_chunks() -> None:
-    tokens = [TokenLogprob(each, tuple(each.encode()), -1.0, (TokenLogprob("o", (111,), -2.0),)) for each in ("ab", "c")]
+    tokens = [
+        TokenLogprob(each, tuple(each.encode()), -1.0, (TokenLogprob("o", (111,), -2.0),)) for each in ("ab", "c")
+    ]
     events: list[Event] = [*[Chunk(each.token, (each,)) for each in tokens], STOP]
     chunks = await stream(events, TEXT)
     assert [each["choices"][0]["logprobs"]["text_offset"] for each in chunks[:2]] == [[0], [2]]

@@ -24,7 +24,7 @@ from ai_assistant.engines.contract import (
     ToolCall,
     Usage,
 )
-from ai_assistant.errors import AIAssistantError, NoSuchModel
+from ai_assistant.errors import NoSuchModel
 
 RECORD = ModelRecord(
     name="assistant:1",
@@ -44,8 +44,9 @@ RECORD = ModelRecord(
 class FakeService:
     """Words of the last message or the prompt come back one by one, within `max_tokens`.
 
-    The text steers: "!forever" never ends, "!long" sends 64 KiB pieces without end, "!raise NAME" raises the
-    error in `self.errors[NAME]` before anything, "!break NAME" after two pieces, "!empty" ends without a result.
+    The text steers: "!forever" never ends, "!stuck" never begins, "!long" sends 64 KiB pieces without end,
+    "!big" 4 MB at once, "!raise NAME" raises the error in `self.errors[NAME]` before anything, "!break NAME"
+    after two pieces, "!empty" ends without a result.
     """
 
     def __init__(self) -> None:
@@ -79,7 +80,7 @@ class FakeService:
                 self.sent += 1
                 yield event
             self.finished += 1
-        except AIAssistantError:
+        except Exception:
             self.finished += 1
             raise
         except (asyncio.CancelledError, GeneratorExit):
@@ -113,6 +114,8 @@ class FakeService:
             while True:
                 yield Chunk("x" * 65536)
                 await asyncio.sleep(0)
+        if text.startswith("!big"):
+            yield Chunk("x" * 4_000_000)
         if text.startswith("!break"):
             yield Chunk("one ")
             yield Chunk("two ")
