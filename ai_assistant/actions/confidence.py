@@ -1,0 +1,32 @@
+"""When the model is sure enough to act.
+
+The confidence of a call is the product of the probabilities of its tokens, before the grammar has its
+say: it falls both when two actions are alike and when the grammar had to forbid what the model wanted.
+The recipe makes the beginning of a call one token, so this is the probability of the action times that
+of its argument.
+
+The thresholds were chosen on models/eval/dev.jsonl and confirmed on models/eval/test.jsonl, see
+models/MODEL_CARD.md. Changing something by mistake costs more than asking again, so it takes more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+READ_THRESHOLD = 0.80
+CHANGE_THRESHOLD = 0.95
+
+
+def confidence(logprobs: Iterable[float]) -> float:
+    """The product of the tokens' probabilities, 0 to 1.
+
+    Args:
+        logprobs: natural logarithms; anything above 0 counts as 0 (rounding).
+    """
+    total = math.fsum(min(0.0, each) for each in logprobs)
+    return math.exp(total) if not math.isnan(total) else 0.0
+
+
+def sure(value: float, *, changes: bool) -> bool:
+    return value >= (CHANGE_THRESHOLD if changes else READ_THRESHOLD)
