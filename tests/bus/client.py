@@ -91,4 +91,4 @@ async def connected(address: str) -> AsyncIterator[Client]:
     finally:
         bus.disconnect()
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(bus.wait_for_disconnect(), 5)
+            await asyncio.wait_for(bus.wait_for_disconnect(), 5)  # type: ignore[no-untyped-call]

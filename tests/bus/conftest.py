@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    used = getattr(item, "funcargs", {}).get("world")
+    names = getattr(item, "funcargs", {})
+    used = names.get("world") or names.get("serving")
     if report.failed and isinstance(used, World):
         report.sections.append(("logs of the world", used.log))
     return report
@@ -43,7 +46,27 @@ def engine() -> str:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real GGUF of random weights, small enough to load in a moment."""
-    return gguf_writer.write_llama(tmp_path_factory.mktemp("models") / "tiny.gguf")
+    return gguf_writer.write_llama(tmp_path_factory.mktemp("models") / "tiny.gguf", context=4096)
+
+
+@pytest.fixture(scope="module")
+def serving(engine: str, tiny_model: Path) -> Iterator[World]:
+    """Bus, polkit, workers, and a daemon whose built-in model is a tiny real one."""
+    reason = worlds.missing()
+    if reason:
+        pytest.skip(reason)
+    with worlds.temporary_directory() as directory:
+        made = World(directory)
+        made.prepare()
+        made.add_builtin("assistant", "1", tiny_model)
+        try:
+            made.start_bus()
+            made.start_polkit()
+            made.start_workers(engine)
+            made.start_daemon()
+            yield made
+        finally:
+            made.stop()
 
 
 @pytest.fixture(scope="module")

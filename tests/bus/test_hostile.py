@@ -1,5 +1,6 @@
 """Bad input over the bus: a named error each time, and afterwards the daemon is as it was and serves."""
 
+# ruff: noqa: ASYNC240 - the test may wait for its files
 from __future__ import annotations
 
 import asyncio

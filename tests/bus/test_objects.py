@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -136,4 +135,4 @@ def test_stop_is_orderly(tmp_path: Path, world: World) -> None:
     assert fds < 64
     assert world.stop_daemon() == 0
     world.start_daemon()
-    assert os.path.exists(world.api)
+    assert world.api.exists()

@@ -71,6 +71,7 @@ class World:
     environment: Mapping[str, str] = field(default_factory=dict)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     daemon: subprocess.Popen[bytes] | None = None
+    workers: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
@@ -98,6 +99,8 @@ class World:
         directory.chmod(0o755)
         for name in ("root", "run", "state", "etc", "actions", "rules"):
             (directory / name).mkdir(exist_ok=True)
+        for name in ("proc", "sys"):
+            (directory / "root" / name).symlink_to(f"/{name}")
         for name in ("run", "state"):
             os.chown(directory / name, DAEMON_UID, DAEMON_UID)
         users = [*((each.pw_name, each.pw_uid, each.pw_gid) for each in pwd.getpwall()), ("ai-assistant", 64000, 64000)]
@@ -112,9 +115,9 @@ class World:
                 for file in folder.glob("*"):
                     shutil.copy(file, directory / target / file.name)
         for each in (DATA / "usr/lib/ai-assistant").rglob("*.toml"):
-            target = directory / "root" / each.relative_to(DATA)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(each, target)
+            copy = directory / "root" / each.relative_to(DATA)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(each, copy)
         limits = ""
         if self.large_messages:
             limits = "".join(
@@ -123,6 +126,23 @@ class World:
             )
         config = _POLICY.format(socket=directory / "bus", data=DATA, limits=limits)
         (directory / "bus.conf").write_text(config)
+
+    def add_builtin(self, name: str, version: str, model: Path) -> None:
+        """Make a file part of the image."""
+        folder = self.directory / "root/usr/lib/ai-assistant/models" / name / version
+        folder.mkdir(parents=True)
+        shutil.copy(model, folder / "model.gguf")
+
+    def worker_pids(self) -> list[int]:
+        """The worker processes that run now."""
+        assert self.workers is not None
+        children = Path(f"/proc/{self.workers.pid}/task/{self.workers.pid}/children").read_text()
+        alive = []
+        for each in map(int, children.split()):
+            with contextlib.suppress(OSError):
+                if "\nState:\tZ" not in Path(f"/proc/{each}/status").read_text():
+                    alive.append(each)
+        return alive
 
     def configure(self, text: str) -> None:
         """Drop-in for the daemon's configuration; takes effect when it starts."""
@@ -186,16 +206,18 @@ class World:
     def start_workers(self, engine: str) -> None:
         """A socket that starts the real worker for each connection, as its socket unit does."""
         path = self.directory / "run" / "worker.sock"
-        command = ["systemd-socket-activate", "--accept", f"--listen={path}"]
+        command: list[str | Path] = ["systemd-socket-activate", "--accept", f"--listen={path}"]
         settings = {"PYTHONPATH": f"{CHECKOUT}:{engine}", "GOMP_SPINCOUNT": "3000", "PYTHONDONTWRITEBYTECODE": "1"}
         command += [f"--setenv={key}={value}" for key, value in settings.items()]
-        self.spawn("worker", [*command, sys.executable, "-m", "ai_assistant.daemon.worker"], env=settings)
+        self.workers = self.spawn(
+            "worker", [*command, sys.executable, "-m", "ai_assistant.daemon.worker"], env=settings
+        )
         wait_for(path.exists, "the worker socket")
         path.chmod(0o666)
 
     def start_daemon(self) -> None:
         """Start it and wait until it says that it is ready."""
-        command = [sys.executable, "-m", "ai_assistant.daemon", "--root", self.directory / "root"]
+        command: list[str | Path] = [sys.executable, "-m", "ai_assistant.daemon", "--root", self.directory / "root"]
         command += ["--bus-address", self.address, "--api-socket", self.api, "--state-directory", self.state]
         command += ["--worker-socket", self.directory / "run" / "worker.sock", *self.daemon_arguments]
         seen = self._daemon_log().count("is ready")
