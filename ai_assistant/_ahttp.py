@@ -76,7 +76,7 @@ class Exchange:
 
     async def _receive(self) -> bytes:
         """What has come, or b"" at the end of the connection."""
-        if self._closed:
+        if self._is_closed():
             raise EOFError
         self._receiving = True
         try:
@@ -84,8 +84,11 @@ class Exchange:
                 return await asyncio.get_running_loop().sock_recv(self._socket, _PIECE)
         finally:
             self._receiving = False
-            if self._closed:
+            if self._is_closed():  # meanwhile, by another task
                 self._socket.close()
+
+    def _is_closed(self) -> bool:
+        return self._closed
 
     async def _line(self) -> bytes:
         start = 0

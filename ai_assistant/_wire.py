@@ -70,6 +70,8 @@ def dump(body: Any) -> bytes:
     """
     try:
         return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise errors.InvalidArgument("a text in the request is not valid Unicode", hint="was it UTF-8?") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise errors.InvalidArgument(f"the request cannot be written as JSON: {error}") from error
 

@@ -271,9 +271,7 @@ class Scripted:
 def scripted(address: str) -> Iterator[Scripted]:
     """A daemon with a built-in model and one of a user's."""
     daemon = Scripted(address)
-    daemon.models[f"{ROOT}/models/1"] = model(
-        "assistant:1", Builtin=Variant("b", True), State=Variant("s", "loaded")
-    )
+    daemon.models[f"{ROOT}/models/1"] = model("assistant:1", Builtin=Variant("b", True), State=Variant("s", "loaded"))
     daemon.models[f"{ROOT}/models/2"] = model("writer:2")
     daemon.start()
     try:

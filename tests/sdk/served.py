@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -28,7 +29,8 @@ class Served:
     def end(self) -> None:
         """Stop the daemon, as a restart does; idempotent."""
         if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.stop.set)
+            with contextlib.suppress(RuntimeError):  # another thread has ended it just now
+                self.loop.call_soon_threadsafe(self.stop.set)
             self.thread.join(20)
             assert not self.thread.is_alive()
 

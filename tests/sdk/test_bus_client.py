@@ -243,7 +243,7 @@ def test_a_bus_without_the_daemon(system_bus: Broker) -> None:
 def test_a_daemon_that_does_not_answer(client: Client, daemon: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     from ai_assistant import _bus
 
-    monkeypatch.setattr(_bus.Bus.call, "__kwdefaults__", {**_bus.Bus.call.__kwdefaults__, "timeout_s": 0.2})
+    monkeypatch.setitem(_bus.Bus.call.__kwdefaults__ or {}, "timeout_s", 0.2)
     daemon.silent.add("GetStatus")
     with pytest.raises(Timeout):
         client.status()

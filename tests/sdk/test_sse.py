@@ -10,7 +10,10 @@ from ai_assistant import _sse
 from ai_assistant._sse import SSEParser
 from ai_assistant.errors import InternalError
 
-STREAM = 'data: {"a": "气温 °"}\n\n: a comment\r\nevent: x\r\ndata: one\r\ndata:two\r\n\r\nid: 7\n\ndata:\n\ndata: [DONE]\n\n'.encode()
+STREAM = (
+    'data: {"a": "气温 °"}\n\n: a comment\r\nevent: x\r\ndata: one\r\ndata:two\r\n\r\n'
+    "id: 7\n\ndata:\n\ndata: [DONE]\n\n"
+).encode()
 EVENTS = ['{"a": "气温 °"}', "one\ntwo", "", "[DONE]"]
 
 
@@ -50,11 +53,6 @@ def test_broken_utf8_loses_a_character_and_nothing_else() -> None:
 
 def test_an_event_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sse, "MAX_EVENT_BYTES", 1000)
-    parser = SSEParser()
-    with pytest.raises(InternalError, match="1000 bytes"):
-        for _ in range(100):
-            parser.feed(b"data: " + b"x" * 100)
-    parser = SSEParser()
-    with pytest.raises(InternalError, match="1000 bytes"):
-        for _ in range(100):
-            parser.feed(b"data: " + b"x" * 100 + b"\n")
+    for end in (b"", b"\n"):
+        with pytest.raises(InternalError, match="1000 bytes"):
+            parsed([b"data: " + b"x" * 100 + end] * 100)
