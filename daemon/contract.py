@@ -105,5 +105,8 @@ class Service(Protocol):
 
     async def tokenize(self, name: str, text: str) -> list[int]: ...
 
+    def health(self) -> str:
+        """ "ok", or a sentence that says what is wrong while the state is degraded."""
+
     def status(self) -> Mapping[str, Any]:
         """JSON-ready state of machine and daemon: see daemon/README.md for the keys."""

@@ -138,7 +138,8 @@ class _Api:
         serving = state in _SERVING
         body: dict[str, Any] = {"status": "ok" if state == "running" else state, "version": status.get("version")}
         if state != "running":
-            body["reason"] = _reason(state, self._service.models())
+            health = self._service.health()
+            body["reason"] = health if health != "ok" else f"the daemon is {state}"
         headers = {} if serving else {"retry-after": "2"}
         await exchange.respond(_json(body, 200 if serving else 503, headers))
 
@@ -249,11 +250,6 @@ def _model(record: ModelRecord) -> dict[str, Any]:
         "transient": record.transient,
         "error": record.error,
     }
-
-
-def _reason(state: str, records: Sequence[ModelRecord]) -> str:
-    failed = [f"{each.name}: {each.error}" for each in records if each.error]
-    return "; ".join(failed) if state == "degraded" and failed else f"the daemon is {state}"
 
 
 async def _vectors(vectors: Sequence[Sequence[float]], as_base64: bool) -> str:

@@ -10,13 +10,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ai_assistant.daemon.api.auth import peer_of
-from ai_assistant.daemon.contract import ModelState, Peer, Scope
+from ai_assistant.daemon.contract import Peer, Scope
 from ai_assistant.errors import ServiceUnavailable
 from tests.api.conftest import Api, Start, chat_body, request_bytes
 
@@ -111,10 +110,10 @@ async def test_health(api: Api) -> None:
     assert early.json()["reason"] == "the daemon is starting"
     assert "retry-after" in early.headers
     api.service.state["state"] = "degraded"
-    api.service.records[1] = replace(api.service.records[1], state=ModelState.FAILED, error="out of memory")
+    api.service.problem = "the built-in model is missing"
     worse = await api.client.get("/health")
     assert worse.status_code == 200
-    assert worse.json()["reason"] == "writer:2: out of memory"
+    assert worse.json()["reason"] == "the built-in model is missing"
 
 
 async def test_metrics(api: Api) -> None:

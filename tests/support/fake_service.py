@@ -53,6 +53,7 @@ class FakeService:
         self.counters = Counters()
         self.records = [RECORD, replace(RECORD, name="writer:2", state=ModelState.UNLOADED, builtin=False)]
         self.state: dict[str, Any] = {"state": "running", "version": "0.0-test"}
+        self.problem = "ok"
         self.errors: dict[str, BaseException] = {}
         self.requests: list[GenerateRequest] = []
         self.begun = 0
@@ -95,6 +96,9 @@ class FakeService:
 
     async def tokenize(self, name: str, text: str) -> list[int]:
         return [len(word) for word in text.split()]
+
+    def health(self) -> str:
+        return self.problem
 
     def status(self) -> Mapping[str, Any]:
         return self.state

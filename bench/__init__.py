@@ -1,0 +1,1 @@
+"""Side-by-side benchmarks, one file per claim; `harness` has what they share."""
