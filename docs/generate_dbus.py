@@ -20,7 +20,8 @@ the ObjectManager of `/org/ai_assistant1/models/<n>` (Model) and `/org/ai_assist
 `org.ai_assistant1.Error.<Name>`; the names are in `ai_assistant/errors.py`. All properties are read-only.
 
     busctl tree org.ai_assistant1
-    busctl call org.ai_assistant1 /org/ai_assistant1 org.ai_assistant1.Inference Generate 'ssa{sv}' assistant:1 'hello' 0
+    busctl call org.ai_assistant1 /org/ai_assistant1 org.ai_assistant1.Inference \\
+        Generate 'ssa{sv}' assistant:1 'hello' 0
 """
 
 

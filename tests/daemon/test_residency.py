@@ -1,0 +1,313 @@
+"""Residency with workers that do what the test says; the real ones are in tests/bus."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from ai_assistant.daemon import config as configuration
+from ai_assistant.daemon.config import Config
+from ai_assistant.daemon.contract import Counters, ModelState
+from ai_assistant.daemon.registry import Entry
+from ai_assistant.daemon.residency import Residency, Worker
+from ai_assistant.engines.contract import (
+    Chunk,
+    Event,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    LoadOptions,
+    ModelInfo,
+    Usage,
+)
+from ai_assistant.errors import (
+    AIAssistantError,
+    Busy,
+    InvalidModel,
+    NoSuchModel,
+    OutOfMemory,
+    Timeout,
+    WorkerCrashed,
+)
+
+MIB = 1 << 20
+INFO = ModelInfo(
+    format="gguf", architecture="llama", parameters=1, size_bytes=1, quantization="Q8_0", context_length=1,
+    has_chat_template=False, can_embed=True,
+)  # fmt: skip
+REQUEST = GenerateRequest(prompt="x")
+
+
+class Lab:
+    """All workers that were started, and the memory that they take."""
+
+    def __init__(self) -> None:
+        self.workers: list[Scripted] = []
+        self.free = 1000 * MIB
+        self.load_s = 0.01
+        self.fail: AIAssistantError | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def connect(self) -> Worker:
+        worker = Scripted(self)
+        self.workers.append(worker)
+        return worker
+
+    @property
+    def alive(self) -> list[Scripted]:
+        return [each for each in self.workers if not each.died.done()]
+
+
+class Scripted:
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.taken = 0
+        self.closed_generations = 0
+
+    async def load(
+        self, fd: int, options: LoadOptions, on_progress: Callable[[float], None] | None = None
+    ) -> ModelInfo:
+        if on_progress is not None:
+            on_progress(0.5)
+        await asyncio.sleep(self.lab.load_s)
+        if self.lab.fail is not None:
+            raise self.lab.fail
+        self.taken = 300 * MIB
+        self.lab.free -= self.taken
+        return INFO
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event]:
+        try:
+            yield Chunk("a")
+            await self.lab.gate.wait()
+            if self.died.done():
+                raise WorkerCrashed("died")
+            yield Finished(FinishReason.STOP, Usage())
+        finally:
+            self.closed_generations += 1
+
+    async def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+        return [[1.0] for _ in texts], len(texts)
+
+    async def tokenize(self, text: str) -> list[int]:
+        return [1]
+
+    def crash(self) -> None:
+        self.lab.free += self.taken
+        self.died.set_result("killed")
+
+    async def close(self) -> None:
+        if not self.died.done():
+            self.lab.free += self.taken
+            self.died.set_result("closed")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return dataclasses.replace(
+        configuration.load(tmp_path),
+        models_memory_reserve_bytes=0,
+        models_idle_unload_s=0.0,
+        worker_restart_first_s=0.1,
+        worker_restart_longest_s=0.4,
+    )
+
+
+@pytest.fixture
+def lab() -> Lab:
+    return Lab()
+
+
+@pytest.fixture
+def entries(tmp_path: Path) -> dict[str, Entry]:
+    path = tmp_path / "model"
+    path.write_bytes(b"x")
+    return {name: Entry(f"{name}:1", INFO, 300 * MIB, 0, path=path) for name in "abcd"}
+
+
+def make(lab: Lab, config: Config, counters: Counters | None = None) -> Residency:
+    return Residency(config, lab.connect, lambda: lab.free, counters or Counters())
+
+
+async def ask(residency: Residency, entry: Entry) -> list[Event]:
+    return [event async for event in residency.generate(entry, REQUEST)]
+
+
+async def test_load_on_demand_and_once(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    states: list[ModelState] = []
+    residency.changed = lambda name: states.append(residency.state(name)[0])
+    told: list[float] = []
+    loading = residency.load(entries["a"], told.append)
+    results = await asyncio.gather(loading, *(ask(residency, entries["a"]) for _ in range(5)))
+    assert len(lab.workers) == 1
+    assert states == [ModelState.LOADING, ModelState.LOADED]
+    assert told == [0.5]
+    assert all(len(each or []) == 2 for each in results[1:])
+    await residency.close()
+    assert lab.alive == []
+
+
+async def test_a_caller_that_goes_does_not_stop_the_load(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    lab.load_s = 0.1
+    first = asyncio.ensure_future(ask(residency, entries["a"]))
+    second = asyncio.ensure_future(ask(residency, entries["a"]))
+    await asyncio.sleep(0.02)
+    first.cancel()
+    assert len(await second) == 2
+    assert len(lab.workers) == 1
+
+
+async def test_least_recently_used_goes_first(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    for name in ("a", "b", "c"):
+        await ask(residency, entries[name])
+    await ask(residency, entries["a"])
+    await ask(residency, entries["d"])
+    loaded = {name for name in "abcd" if residency.state(f"{name}:1")[0] is ModelState.LOADED}
+    assert loaded == {"a", "c", "d"}
+
+
+async def test_generating_models_are_never_evicted(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    lab.gate.clear()
+    running = [asyncio.ensure_future(ask(residency, entries[name])) for name in "abc"]
+    await asyncio.sleep(0.1)
+    with pytest.raises(OutOfMemory) as caught:
+        await ask(residency, entries["d"])
+    assert str(300 * MIB) in caught.value.message
+    assert str(100 * MIB) in caught.value.message
+    assert residency.state("d:1")[0] is ModelState.FAILED
+    with pytest.raises(Busy):
+        await residency.unload("a:1")
+    lab.gate.set()
+    assert [len(each) for each in await asyncio.gather(*running)] == [2, 2, 2]
+    await ask(residency, entries["d"])
+
+
+async def test_loads_at_the_same_time_share_the_memory(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    lab.free = 700 * MIB
+    lab.load_s = 0.05
+    results = await asyncio.gather(*(ask(residency, entries[name]) for name in "abc"), return_exceptions=True)
+    assert sum(isinstance(each, OutOfMemory) for each in results) == 1
+    assert lab.free >= 0
+
+
+async def test_closing_a_generation_reaches_the_worker(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    lab.gate.clear()
+    events = residency.generate(entries["a"], REQUEST)
+    assert isinstance(await anext(events), Chunk)
+    assert residency.busy("a:1")
+    await events.aclose()
+    assert lab.workers[0].closed_generations == 1
+    assert not residency.busy("a:1")
+
+
+async def test_crash_back_off_and_restart(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    counters = Counters()
+    residency = make(lab, config, counters)
+    await ask(residency, entries["a"])
+    lab.gate.clear()
+    running = asyncio.ensure_future(ask(residency, entries["a"]))
+    await asyncio.sleep(0.01)
+    lab.workers[0].crash()
+    lab.gate.set()
+    with pytest.raises(WorkerCrashed):
+        await running
+    assert residency.state("a:1") == (ModelState.FAILED, "its worker crashed")
+    with pytest.raises(WorkerCrashed, match="being restarted"):
+        await ask(residency, entries["a"])
+    await asyncio.sleep(0.2)
+    assert residency.state("a:1")[0] is ModelState.LOADED
+    assert len(lab.workers) == 2
+    assert counters.worker_restarts == 1
+    # The second crash soon after waits twice as long.
+    lab.workers[1].crash()
+    await asyncio.sleep(0.12)
+    assert len(lab.workers) == 2
+    await asyncio.sleep(0.15)
+    assert len(lab.workers) == 3
+    await residency.close()
+
+
+async def test_restarts_end(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    config = dataclasses.replace(config, worker_restart_first_s=0.05, worker_restart_longest_s=0.05)
+    residency = make(lab, dataclasses.replace(config, worker_restart_attempts=2))
+    lab.fail = WorkerCrashed("killed by the model")
+    with pytest.raises(WorkerCrashed):
+        await ask(residency, entries["a"])
+    await asyncio.sleep(0.5)
+    assert len(lab.workers) == 3
+    assert lab.alive == []
+    lab.fail = None
+    await ask(residency, entries["a"])
+
+
+async def test_a_bad_model_is_no_crash(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    lab.fail = InvalidModel("no tensors")
+    with pytest.raises(InvalidModel):
+        await ask(residency, entries["a"])
+    assert residency.state("a:1") == (ModelState.FAILED, "no tensors")
+    await asyncio.sleep(0.2)
+    assert len(lab.workers) == 1
+    assert lab.alive == []
+
+
+async def test_a_load_that_hangs(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, dataclasses.replace(config, worker_load_timeout_s=0.1))
+    lab.load_s = 60
+    with pytest.raises(Timeout):
+        await ask(residency, entries["a"])
+    assert lab.alive == []
+
+
+async def test_idle_models_are_unloaded(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, dataclasses.replace(config, models_idle_unload_s=0.15))
+    await ask(residency, entries["a"])
+    await asyncio.sleep(0.1)
+    await ask(residency, entries["b"])
+    await asyncio.sleep(0.1)
+    assert residency.state("a:1")[0] is ModelState.UNLOADED
+    assert residency.state("b:1")[0] is ModelState.LOADED
+    await asyncio.sleep(0.15)
+    assert residency.state("b:1")[0] is ModelState.UNLOADED
+    assert lab.alive == []
+
+
+async def test_forgetting_while_loading(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    lab.load_s = 60
+    waiting = asyncio.ensure_future(ask(residency, entries["a"]))
+    await asyncio.sleep(0.05)
+    await residency.forget("a:1")
+    with pytest.raises(NoSuchModel):
+        await waiting
+    assert lab.alive == []
+
+
+async def test_unload(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    await residency.unload("a:1")
+    await ask(residency, entries["a"])
+    await residency.unload("a:1")
+    assert lab.alive == []
+    # A worker that is closed on purpose has not crashed.
+    await asyncio.sleep(0.15)
+    assert len(lab.workers) == 1
+
+
+async def test_nothing_is_loaded_while_stopping(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    await residency.close()
+    with pytest.raises(Busy):
+        await ask(residency, entries["a"])
