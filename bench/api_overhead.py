@@ -180,62 +180,29 @@ def serve_bare(model: Path) -> None:
 
 async def serve_daemon(model: Path, path: Path, folder: Path) -> None:
     """Role "daemon": the daemon's service and its socket, with real workers; only the bus is left out."""
-    from ai_assistant.daemon import config as configuration
     from ai_assistant.daemon.api.server import serve
-    from ai_assistant.daemon.contract import Counters
-    from ai_assistant.daemon.jobs import JobTable
-    from ai_assistant.daemon.registry import Registry
-    from ai_assistant.daemon.residency import Residency, Worker, load_options
-    from ai_assistant.daemon.service import DaemonService
-    from ai_assistant.daemon.status import Machine
-    from ai_assistant.daemon.worker.protocol import WorkerClient
+    from tests.support.local_service import local_service
 
-    started: list[subprocess.Popen[bytes]] = []
-
-    async def connect() -> Worker:
-        # What the socket unit does: a process for each connection.
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.setblocking(False)
-        with theirs:
-            started.append(_start_worker(theirs.fileno()))
-        return WorkerClient(ours)
-
-    config = configuration.load(folder)
-    counters = Counters()
-    machine = Machine(Path("/"), folder)
-    registry = Registry(folder / "builtin", folder / "models", load_options(config))
-    residency = Residency(config, connect, machine.memory_available, counters)
-    service = DaemonService(config, registry, residency, JobTable(per_owner=8), machine, counters)
-    service.set_state("running")
-    # The service takes the descriptor.
-    entry = await service.open_model(os.open(model, os.O_RDONLY), "bench", _CONTEXT, ":1.0")
-    await residency.load(entry)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen(16)
-    stop = asyncio.Event()
-    serving = asyncio.create_task(serve(service, [listener], stop, lambda _peer, _scope: True))
     loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    async with local_service(folder) as service:
+        # The service takes the descriptor.
+        entry = await service.open_model(os.open(model, os.O_RDONLY), "bench", _CONTEXT, ":1.0")
+        await service.residency.load(entry)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen(16)
 
-    def read() -> None:
-        line = sys.stdin.readline()
-        if line:
-            print(json.dumps(entry.name), flush=True)
-        else:
-            loop.remove_reader(sys.stdin)
-            stop.set()
+        def read() -> None:
+            if sys.stdin.readline():
+                print(json.dumps(entry.name), flush=True)
+            else:
+                loop.remove_reader(sys.stdin)
+                stop.set()
 
-    loop.add_reader(sys.stdin, read)
-    print("ready", flush=True)
-    await serving
-    await residency.close()
-    for each in started:
-        each.wait(10)
-
-
-def _start_worker(fd: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "ai_assistant.daemon.worker", "--fd", str(fd)]
-    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
+        loop.add_reader(sys.stdin, read)
+        print("ready", flush=True)
+        await serve(service, [listener], stop, lambda _peer, _scope: True)
 
 
 def prepared_model() -> Path:
