@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import ai_assistant
 from ai_assistant.daemon import config as configuration
 from ai_assistant.daemon import journal
 from ai_assistant.daemon.authority import Authority, allowed
@@ -24,6 +23,7 @@ from ai_assistant.daemon.registry import BUILTIN_DIRECTORY, Registry
 from ai_assistant.daemon.residency import Residency, Worker, load_options
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.status import Machine
+from ai_assistant.daemon.version import VERSION
 from ai_assistant.daemon.worker.protocol import WorkerClient
 from ai_assistant.errors import ServiceUnavailable
 
@@ -95,7 +95,7 @@ class App:
         self.service.set_state("running")
         await connection.own_name()
         notify("READY=1\nSTATUS=" + self._summary())
-        log.info("ai-assistantd %s is ready: %s", ai_assistant.__version__, self._summary())
+        log.info("ai-assistantd %s is ready: %s", VERSION, self._summary())
         stopping = loop.create_task(self._stop.wait())
         waiting: set[asyncio.Future[object]] = {stopping, connection.lost}  # type: ignore[arg-type]
         if api is not None:

@@ -11,7 +11,6 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
-import ai_assistant
 from ai_assistant.daemon.config import Config
 from ai_assistant.daemon.contract import Counters, ModelRecord, ModelState
 from ai_assistant.daemon.importer import Source, check_space, copy_in
@@ -20,6 +19,7 @@ from ai_assistant.daemon.jobs import Job, JobTable
 from ai_assistant.daemon.registry import Entry, Registry, check_descriptor, parse_name
 from ai_assistant.daemon.residency import Residency, load_options
 from ai_assistant.daemon.status import Machine
+from ai_assistant.daemon.version import VERSION
 from ai_assistant.engines.contract import Chunk, Event, Finished, GenerateRequest, LoadOptions
 from ai_assistant.errors import (
     AIAssistantError,
@@ -123,7 +123,7 @@ class DaemonService:
 
     def status(self) -> Mapping[str, Any]:
         return {
-            "version": ai_assistant.__version__,
+            "version": VERSION,
             "state": self.current_state(),
             **self.machine.status(),
             "models": [{"name": each.name, "state": str(each.state)} for each in self.models()],

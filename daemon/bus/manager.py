@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ai_assistant
 from ai_assistant.daemon.authority import Authority
 from ai_assistant.daemon.bus.connection import Call, Descriptor, plain, variants
 from ai_assistant.daemon.bus.model import no_options
@@ -13,6 +12,7 @@ from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.journal import PRIORITIES, read_log
 from ai_assistant.daemon.service import DaemonService
+from ai_assistant.daemon.version import VERSION
 from ai_assistant.errors import InvalidArgument
 
 INTERFACE = "org.ai_assistant1.Manager"
@@ -34,7 +34,7 @@ class Manager:
 
     def properties(self) -> Mapping[str, Any]:
         return {
-            "Version": ai_assistant.__version__,
+            "Version": VERSION,
             "State": self._service.current_state(),
             "Health": self._service.health(),
             "ModelCount": len(self._service.registry.all()),
