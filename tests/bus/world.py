@@ -209,9 +209,10 @@ class World:
         command: list[str | Path] = ["systemd-socket-activate", "--accept", f"--listen={path}"]
         settings = {"PYTHONPATH": f"{CHECKOUT}:{engine}", "GOMP_SPINCOUNT": "3000", "PYTHONDONTWRITEBYTECODE": "1"}
         command += [f"--setenv={key}={value}" for key, value in settings.items()]
-        self.workers = self.spawn(
-            "worker", [*command, sys.executable, "-m", "ai_assistant.daemon.worker"], env=settings
-        )
+        # As MemoryDenyWriteExecute= in the unit: callbacks from native code must do without writable code.
+        deny = "import ctypes, os, sys; ctypes.CDLL(None).prctl(65, 1, 0, 0, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, "-c", deny, *command, sys.executable, "-m", "ai_assistant.daemon.worker"]
+        self.workers = self.spawn("worker", command, env=settings)
         wait_for(path.exists, "the worker socket")
         path.chmod(0o666)
 
