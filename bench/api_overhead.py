@@ -3,7 +3,9 @@
 Ours: HTTP on the unix socket → the daemon's service → a worker process → the engine, streamed back as
 server-sent events and read off the socket. The other: tokenise, `llama_decode`, argmax, in one process, on the
 same 0.5 B model of random weights, with the same library, threads and batch size. Claims: time to the first
-token grows by at most 3 ms, time per output token by at most 2 %.
+token grows by at most 3 ms, time per output token by at most 2 %. Two more rows hold the same answers against
+the engine's own clock (`usage`): what is outside it is the socket, the service and the worker's pipe, and it is
+visible even when other work on the machine moves the first two by more than the goal.
 
     tests/overlay bench api_overhead [--json] [--pairs N] [--tokens N]
 
@@ -46,6 +48,10 @@ class Timing:
     first: float
     last: float
     tokens: int
+    engine_first: float = 0.0
+    """By the engine's clock, from the request to the first token."""
+    engine_decode: float = 0.0
+    """By the engine's clock, from the first token to the last."""
 
     @property
     def ttft_ms(self) -> float:
@@ -120,7 +126,7 @@ def over_the_socket(path: Path, model: str, prompt: str, tokens: int) -> Timing:
     usage = json.loads(bytes(received).rpartition(b'"usage":')[2].partition(b"}\n")[0])
     if usage["completion_tokens"] != tokens:
         raise SystemExit(f"api_overhead: {usage['completion_tokens']} tokens came instead of {tokens}")
-    return Timing(first, now - begin, tokens)
+    return Timing(first, now - begin, tokens, usage["queue_s"] + usage["prefill_s"], usage["decode_s"])
 
 
 def bare_loop(path: Path) -> Callable[[str, int], Timing]:
@@ -243,14 +249,23 @@ def measure(count: int, tokens: int) -> list[Row]:
                 other(1000 + index)
             note(f"api_overhead: {count} pairs of {tokens} tokens")
             mine, theirs = pairs(ours, other, count)
-    ttft, added = adds_at_most(
-        "API adds to TTFT (ms)", [each.ttft_ms for each in mine], [each.ttft_ms for each in theirs], TTFT_MS, "ms"
-    )
-    note(f"api_overhead: TTFT + {added.value:.2f} ms, 95 % within [{added.low:.2f}, {added.high:.2f}]")
-    tpot = at_most(
-        "API adds to TPOT (ms)", [each.tpot_ms for each in mine], [each.tpot_ms for each in theirs], TPOT_RATIO
-    )
-    return [ttft, tpot]
+    return judge(mine, theirs)
+
+
+def judge(mine: list[Timing], theirs: list[Timing]) -> list[Row]:
+    """The rows, from the generations of both sides."""
+    first = [each.ttft_ms for each in mine]
+    ttft, added = adds_at_most("API adds to TTFT (ms)", first, [each.ttft_ms for each in theirs], TTFT_MS, "ms")
+    inside = [each.engine_first * 1000 for each in mine]
+    outside, beyond = adds_at_most("… of it outside the engine (ms)", first, inside, TTFT_MS, "ms")
+    for what, found in (("", added), ("outside the engine ", beyond)):
+        note(f"api_overhead: TTFT {what}{found.value:+.2f} ms, 95 % within [{found.low:.2f}, {found.high:.2f}]")
+    if added.high - added.low > 4 * TTFT_MS:
+        note("api_overhead: the bounds are far wider than the goal: other work disturbs this machine")
+    per_token = [each.tpot_ms for each in mine]
+    tpot = at_most("API adds to TPOT (ms)", per_token, [each.tpot_ms for each in theirs], TPOT_RATIO)
+    decode = [each.engine_decode / (each.tokens - 1) * 1000 for each in mine]
+    return [ttft, outside, tpot, at_most("… of it outside the engine, TPOT (ms)", per_token, decode, TPOT_RATIO)]
 
 
 def main() -> int:
