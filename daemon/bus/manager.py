@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dbus_fast import Variant
+
 from ai_assistant.daemon.authority import Authority
 from ai_assistant.daemon.bus.connection import Call, Descriptor, plain, variants
 from ai_assistant.daemon.bus.model import no_options
@@ -41,7 +43,10 @@ class Manager:
         }
 
     async def get_status(self, call: Call) -> Mapping[str, Any]:
-        return variants(self._service.status())
+        status = self._service.status()
+        # An empty list does not say what it is a list of, and clients rely on one type for a key.
+        empty = {key: Variant("av", []) for key in ("temperatures", "models") if not status[key]}
+        return variants(status) | empty
 
     async def list_models(self, call: Call) -> Sequence[str]:
         return [self._model_path(each.name) for each in self._service.models()]

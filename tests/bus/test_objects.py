@@ -86,6 +86,9 @@ async def test_status_measures_this_machine(client: Client) -> None:
     assert status["version"] == "0.1.0"
     assert status["disk_free_bytes"] <= status["disk_total_bytes"]
     assert status["running"] == 0
+    reply = await client.call("Manager", "GetStatus")
+    assert (reply["models"].signature, reply["addresses"].signature) == ("av", "as")
+    assert reply["temperatures"].signature == "av"
 
 
 async def test_wrong_calls_get_standard_errors(world: World, client: Client) -> None:
