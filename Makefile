@@ -30,6 +30,7 @@ shell: image ## a root shell in the appliance, with this checkout's Python
 	@$(TOOLBOX) python3 -m image.container shell --image "$$(image/build --print $(PROFILE))"
 
 bench: image ## measure the claims (BENCH=name for one)
+	@image/build production
 	@tests/overlay bench $(BENCH)
 
 model: ## train the built-in model again (under an hour on two cores)

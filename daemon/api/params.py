@@ -190,6 +190,8 @@ def tool_choice(value: object, names: Sequence[str]) -> str:
     name = text(function, "name")
     if name not in names:
         raise InvalidArgument(f"tool_choice names {name[:80]!r}, which is no tool", param="tool_choice.function.name")
+    if name in _CHOICES:  # inside, a choice is one word: this one is taken
+        raise NotSupported(f"a function named {name!r} cannot be chosen by name", param="tool_choice.function.name")
     return name
 
 
@@ -204,8 +206,6 @@ def _tool(value: object, path: str) -> dict[str, Any]:
     name = function.get("name")
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise InvalidArgument("a function's name has 1 to 64 letters, digits, _ or -", param=f"{path}.function.name")
-    if name in _CHOICES:
-        raise InvalidArgument(f"a function cannot be named {name!r}", param=f"{path}.function.name")
     made: dict[str, Any] = {"name": name}
     if function.get("description") is not None:
         if not isinstance(function["description"], str):
