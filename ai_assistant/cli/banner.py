@@ -64,7 +64,9 @@ def _models(status: Mapping[str, Any]) -> str:
 
 def _watts(status: Mapping[str, Any]) -> str:
     value = status.get("watts")
-    return f"{value:.1f} W" if isinstance(value, int | float) else "no sensor"
+    if isinstance(value, int | float):
+        return f"{value:.1f} W"
+    return "no sensor" if status.get("watts_source") in (None, "none") else "not measured yet"
 
 
 def _status() -> dict[str, Any] | None:

@@ -52,10 +52,11 @@ def described(status: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def watts(status: Mapping[str, Any]) -> str:
-    value, source = status.get("watts"), status.get("watts_source")
-    if value is None:
-        return "no sensor"
-    return f"{value:.1f} W" + (f" ({source})" if source and source != "none" else "")
+    value, source = status.get("watts"), status.get("watts_source") or "none"
+    if not isinstance(value, int | float):
+        # A meter of energy needs a second look before it knows a power.
+        return "no sensor" if source == "none" else f"not measured yet ({source})"
+    return f"{value:.1f} W" + (f" ({source})" if source != "none" else "")
 
 
 def temperature(status: Mapping[str, Any]) -> str:

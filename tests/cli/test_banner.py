@@ -44,6 +44,7 @@ def test_it_shows_what_the_daemon_says(tmp_path: Path) -> None:
 def test_what_nothing_measures_is_said_so(tmp_path: Path) -> None:
     text = banner.text(tmp_path, {**STATUS, "watts": None, "models": None})
     assert "no sensor" in text
+    assert "not measured yet" in banner.text(tmp_path, {**STATUS, "watts": None, "watts_source": "rapl"})
     assert "model    none" in text
 
 

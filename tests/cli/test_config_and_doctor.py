@@ -76,7 +76,7 @@ def systemctl(monkeypatch: pytest.MonkeyPatch, out: str, status: int = 0) -> Non
     def run(*_: Any, **__: Any) -> SimpleNamespace:
         return SimpleNamespace(returncode=status, stdout=out, stderr="it is broken\nvery\n")
 
-    monkeypatch.setattr(checks.subprocess, "run", run)
+    monkeypatch.setattr("ai_assistant.cli.checks.subprocess.run", run)
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_models_by_name_are_the_daemons(api: Served) -> None:
 
 async def test_async_in_process(made: list[ScriptedEngine], file: Path) -> None:
     engine = AsyncInferenceEngine(model_path=file, context_length=64)
-    assert engine.backend is None
+    assert [engine.backend] == [None]
     async with engine:
         assert engine.backend == "in-process"
         assert await engine.generate("a b") == "a b "
