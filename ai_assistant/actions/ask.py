@@ -92,9 +92,7 @@ class Asker:
         """
         if proposal.changes and not confirm:
             raise NotAuthorized(f"this needs your consent: {proposal.description}", hint="confirm it")
-        return await perform_action(
-            self._bus, BY_NAME[proposal.action], proposal.arguments, chinese=proposal.chinese
-        )
+        return await perform_action(self._bus, BY_NAME[proposal.action], proposal.arguments, chinese=proposal.chinese)
 
     async def _live(self) -> dict[str, Sequence[str]]:
         """The names that exist right now. Whoever is not there names nothing."""
@@ -173,8 +171,11 @@ def _out_of_scope(chinese: bool) -> Unsure:
     shown = [each.describe({"priority": "all"}, chinese=chinese) for each in some]
     if chinese:
         return Unsure("这不是我能做的事", hint=f"我能{'、'.join(shown)}等共 {len(ACTIONS)} 件事；说“帮助”看全部")
-    return Unsure("that is nothing I can do here",
-                  hint=f"I can {', '.join(shown)} and {len(ACTIONS) - len(some)} other things; say “help” for all")  # fmt: skip
+    others = len(ACTIONS) - len(some)
+    return Unsure(
+        "that is nothing I can do here",
+        hint=f"I can {', '.join(shown)} and {others} other things; say “help” for all",
+    )
 
 
 def _torn(first: Action, second: Action | None, chinese: bool) -> Unsure:

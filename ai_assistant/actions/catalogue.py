@@ -116,7 +116,10 @@ HOST = Service("org.freedesktop.hostname1", "/org/freedesktop/hostname1", "host 
 CLOCK = Service("org.freedesktop.timedate1", "/org/freedesktop/timedate1", "time and date service", "时间日期服务")
 SYSTEMD = Service("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "service manager", "系统服务管理器")
 PROFILES = Service(
-    "org.freedesktop.UPower.PowerProfiles", "/org/freedesktop/UPower/PowerProfiles", "power profile service", "电源模式服务"
+    "org.freedesktop.UPower.PowerProfiles",
+    "/org/freedesktop/UPower/PowerProfiles",
+    "power profile service",
+    "电源模式服务",
 )
 UPDATE = Service("org.ai_assistant1.Update", ROOT, "update service", "更新服务")
 

@@ -24,8 +24,8 @@ def confidence(logprobs: Iterable[float]) -> float:
     Args:
         logprobs: natural logarithms; anything above 0 counts as 0 (rounding).
     """
-    total = math.fsum(min(0.0, each) for each in logprobs)
-    return math.exp(total) if not math.isnan(total) else 0.0
+    # What is no number is no reason to act; and min(0.0, nan) would be 0.0, that is: certain.
+    return math.exp(math.fsum(-math.inf if math.isnan(each) else min(0.0, each) for each in logprobs))
 
 
 def sure(value: float, *, changes: bool) -> bool:

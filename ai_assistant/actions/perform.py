@@ -44,7 +44,9 @@ def _missing(call: Call, chinese: bool) -> NotSupported | ServiceUnavailable:
             "AI 助手服务没有运行" if chinese else "the AI Assistant service is not running",
             hint="systemctl status ai-assistantd",
         )
-    return NotSupported(f"这个镜像没有{call.service.chinese}" if chinese else f"this image has no {call.service.english}")
+    return NotSupported(
+        f"这个镜像没有{call.service.chinese}" if chinese else f"this image has no {call.service.english}"
+    )
 
 
 async def _reply(bus: Bus, call: Call, arguments: Mapping[str, str]) -> Any:

@@ -19,13 +19,33 @@ def _say(zh: bool, english: str, chinese: str) -> str:
     return chinese if zh else english
 
 
+def _named(reply: Any) -> Mapping[str, Any]:
+    """Raises TypeError, which the caller turns into a named error, for a reply that is no dictionary."""
+    if not isinstance(reply, Mapping):
+        raise TypeError(f"not a dictionary: {type(reply).__name__}")
+    return reply
+
+
+def _listed(reply: Any) -> Sequence[Any]:
+    """The same for a list: an answer that is not understood must not look like an empty list."""
+    if not isinstance(reply, list):
+        raise TypeError(f"not a list: {type(reply).__name__}")
+    return reply
+
+
+def _word(reply: Any) -> str:
+    if not isinstance(reply, str):
+        raise TypeError(f"not a string: {type(reply).__name__}")
+    return reply
+
+
 def _number(values: Any, key: str) -> float | None:
-    value = values.get(key) if isinstance(values, Mapping) else None
+    value = _named(values).get(key)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _text(values: Any, key: str) -> str:
-    value = values.get(key) if isinstance(values, Mapping) else None
+    value = _named(values).get(key)
     return value if isinstance(value, str) else ""
 
 
@@ -76,7 +96,9 @@ def watts(reply: Any, arguments: Arguments, zh: bool) -> str:
     if value is None:
         return _unknown(zh, "power consumption", "功耗")
     source = _text(reply, "watts_source") or "?"
-    return _say(zh, f"It draws {value:.1f} W (measured by {source}).", f"当前功耗为 {value:.1f} W（由 {source} 测得）。")
+    return _say(
+        zh, f"It draws {value:.1f} W (measured by {source}).", f"当前功耗为 {value:.1f} W（由 {source} 测得）。"
+    )
 
 
 def disk(reply: Any, arguments: Arguments, zh: bool) -> str:
@@ -107,7 +129,7 @@ def uptime(reply: Any, arguments: Arguments, zh: bool) -> str:
 
 
 def address(reply: Any, arguments: Arguments, zh: bool) -> str:
-    found = reply.get("addresses") if isinstance(reply, Mapping) else None
+    found = _named(reply).get("addresses")
     shown = [str(each) for each in found] if isinstance(found, Sequence) and not isinstance(found, str) else []
     if not shown:
         return _say(zh, "It has no network address.", "没有网络地址。")
@@ -158,7 +180,8 @@ def image_profile(reply: Any, arguments: Arguments, zh: bool) -> str:
 
 
 def hostname(reply: Any, arguments: Arguments, zh: bool) -> str:
-    return _say(zh, f"It is called {reply}.", f"主机名是 {reply}。")
+    name = _word(reply)
+    return _say(zh, f"It is called {name}.", f"主机名是 {name}。")
 
 
 def hardware(reply: Any, arguments: Arguments, zh: bool) -> str:
@@ -193,16 +216,18 @@ def time(reply: Any, arguments: Arguments, zh: bool) -> str:
 
 
 def timezone(reply: Any, arguments: Arguments, zh: bool) -> str:
-    value = reply or "UTC"
+    value = _word(reply) or "UTC"
     return _say(zh, f"The time zone is {value}.", f"时区是 {value}。")
 
 
 def clock_sync(reply: Any, arguments: Arguments, zh: bool) -> str:
-    on, done = (bool(isinstance(reply, Mapping) and reply.get(key)) for key in ("NTP", "NTPSynchronized"))
+    on, done = (bool(_named(reply).get(key)) for key in ("NTP", "NTPSynchronized"))
     if done:
         return _say(zh, "The clock is synchronised over the network.", "时钟已通过网络同步。")
     if on:
-        return _say(zh, "Synchronisation is on, but the clock is not synchronised yet.", "时间同步已开启，但尚未完成同步。")
+        return _say(
+            zh, "Synchronisation is on, but the clock is not synchronised yet.", "时间同步已开启，但尚未完成同步。"
+        )
     return _say(zh, "Clock synchronisation is off.", "时间同步已关闭。")
 
 
@@ -216,7 +241,7 @@ def boot_duration(reply: Any, arguments: Arguments, zh: bool) -> str:
 
 
 def failed_units(reply: Any, arguments: Arguments, zh: bool) -> str:
-    names = [str(each[0]) for each in reply] if isinstance(reply, Sequence) else []
+    names = [str(each[0]) for each in _listed(reply)]
     if not names:
         return _say(zh, "No service has failed.", "没有失败的服务。")
     return _say(zh, f"{len(names)} failed: {', '.join(names)}.", f"{len(names)} 个失败：{'、'.join(names)}。")
@@ -224,26 +249,26 @@ def failed_units(reply: Any, arguments: Arguments, zh: bool) -> str:
 
 def sessions(reply: Any, arguments: Arguments, zh: bool) -> str:
     # (session, user id, user, seat, path)
-    users = sorted({str(each[2]) for each in reply}) if isinstance(reply, Sequence) else []
+    users = sorted({str(each[2]) for each in _listed(reply)})
     if not users:
         return _say(zh, "Nobody is logged in.", "没有用户登录。")
     return _say(zh, f"Logged in: {', '.join(users)}.", f"已登录：{'、'.join(users)}。")
 
 
 def self_test(reply: Any, arguments: Arguments, zh: bool) -> str:
-    results = [(str(name), bool(good), str(detail)) for name, good, detail in reply]
+    results = [(str(name), bool(good), str(detail)) for name, good, detail in _listed(reply)]
     bad = sum(not good for _, good, _ in results)
     head = _say(zh, "Everything passed.", "全部通过。") if not bad else _say(zh, f"{bad} failed.", f"{bad} 项未通过。")
     return "\n".join([head, *(f"{'✓' if good else '✗'} {name}: {detail}" for name, good, detail in results)])
 
 
 def log(reply: Any, arguments: Arguments, zh: bool) -> str:
-    lines = [str(each) for each in reply][-MAX_LINES:]
+    lines = [str(each) for each in _listed(reply)][-MAX_LINES:]
     return "\n".join(lines) or _say(zh, "The log has no such entries.", "日志中没有这样的条目。")
 
 
 def list_models(reply: Any, arguments: Arguments, zh: bool) -> str:
-    if not reply:
+    if not _listed(reply):
         return _say(zh, "There are no models.", "没有模型。")
     lines = [
         f"{_text(each, 'Name')}  {_size(_number(each, 'SizeBytes') or 0)}  {_text(each, 'State')}"
@@ -254,7 +279,7 @@ def list_models(reply: Any, arguments: Arguments, zh: bool) -> str:
 
 
 def loaded_models(reply: Any, arguments: Arguments, zh: bool) -> str:
-    names = [_text(each, "Name") for each in reply if _text(each, "State") == "loaded"]
+    names = [_text(each, "Name") for each in _listed(reply) if _text(each, "State") == "loaded"]
     if not names:
         return _say(zh, "No model is in memory.", "内存中没有模型。")
     return _say(zh, f"In memory: {', '.join(names)}.", f"已加载：{'、'.join(names)}。")
@@ -268,7 +293,11 @@ def model_info(reply: Any, arguments: Arguments, zh: bool) -> str:
         _size(_number(reply, "SizeBytes") or 0),
         f"{_text(reply, 'Format')} {_text(reply, 'Architecture')} {_text(reply, 'Quantization')}".strip(),
         _say(zh, f"{parameters / 1e6:.1f} M parameters", f"{parameters / 1e6:.1f} M 参数"),
-        _say(zh, f"context {_number(reply, 'ContextLength') or 0:.0f}", f"上下文 {_number(reply, 'ContextLength') or 0:.0f}"),
+        _say(
+            zh,
+            f"context {_number(reply, 'ContextLength') or 0:.0f}",
+            f"上下文 {_number(reply, 'ContextLength') or 0:.0f}",
+        ),
         _say(zh, "needs about ", "约需内存 ") + _size(_number(reply, "MemoryEstimateBytes") or 0),
     ]
     error = _text(reply, "Error")
@@ -276,7 +305,8 @@ def model_info(reply: Any, arguments: Arguments, zh: bool) -> str:
 
 
 def power_profile(reply: Any, arguments: Arguments, zh: bool) -> str:
-    return _say(zh, f"The power profile is {reply}.", f"电源模式是 {_profile(str(reply))}。")
+    name = _word(reply)
+    return _say(zh, f"The power profile is {name}.", f"电源模式是 {_profile(name)}。")
 
 
 def _profile(name: str) -> str:
@@ -286,7 +316,7 @@ def _profile(name: str) -> str:
 
 def update_check(reply: Any, arguments: Arguments, zh: bool) -> str:
     """The reply is the newest version that can be installed, or "" when there is none."""
-    new = reply if isinstance(reply, str) else _text(reply, "version")
+    new = _word(reply)
     if not new:
         return _say(zh, "There is no update.", "没有可用的更新。")
     return _say(zh, f"Version {new} can be installed.", f"可以安装新版本 {new}。")

@@ -27,14 +27,22 @@ _EDGE = re.compile(rf"(?<=[{_CJK}])(?=[a-z0-9])|(?<=[a-z0-9])(?=[{_CJK}])")
 _SEPARATORS = re.compile(r"[\s._:/-]+")
 
 # Names of cities that are everyday words: never taken for a time zone.
-_COMMON_WORDS = frozenset({"center", "easter", "christmas", "wake", "resolute", "midway", "factory", "mobile", "turkey"})
-# Model names that are words of ordinary questions count only when they are written with their version.
-_PLAIN_WORDS = frozenset(
-    """model models status state temperature temp power profile performance balanced memory disk load log logs
-    version time date zone address system machine device reboot restart update help cpu kernel host name service
-    services test check session user users show list set remove delete unload start stop all now one any the it
-    this that please assistant default small large big chat base""".split()
+_COMMON_WORDS = frozenset({
+    "act", "center", "central", "christmas", "continental", "east", "easter", "general", "jersey", "knox",
+    "midway", "mountain", "north", "pacific", "resolute", "reunion", "south", "troll", "wake", "west", "yap",
+})  # fmt: skip
+_REGIONS = frozenset(
+    ("africa", "america", "antarctica", "arctic", "asia", "atlantic", "australia", "europe", "indian", "pacific")
 )
+# Model names that are words of ordinary questions count only when they are written with their version.
+_PLAIN_WORDS = frozenset({
+    "model", "models", "status", "state", "temperature", "temp", "power", "profile", "performance", "balanced",
+    "memory", "disk", "load", "log", "logs", "version", "time", "date", "zone", "address", "system", "machine",
+    "device", "reboot", "restart", "update", "help", "cpu", "kernel", "host", "name", "service", "services",
+    "test", "check", "session", "user", "users", "show", "list", "set", "remove", "delete", "unload", "start",
+    "stop", "all", "now", "one", "any", "the", "it", "this", "that", "please", "assistant", "default", "small",
+    "large", "big", "chat", "base",
+})  # fmt: skip
 _CHINESE_CITIES: Mapping[str, str] = {
     "北京": "Asia/Shanghai", "上海": "Asia/Shanghai", "中国": "Asia/Shanghai", "香港": "Asia/Hong_Kong",
     "台北": "Asia/Taipei", "东京": "Asia/Tokyo", "首尔": "Asia/Seoul", "新加坡": "Asia/Singapore",
@@ -110,7 +118,7 @@ def _zone_aliases(names: Iterable[str]) -> dict[str, str]:
     for name in sorted(known):
         full = name.casefold()
         city = full.rpartition("/")[2].replace("_", " ")
-        if "/" in name and not full.startswith("etc/") and city not in _COMMON_WORDS:
+        if full.partition("/")[0] in _REGIONS and "/" in name and city not in _COMMON_WORDS:
             aliases.setdefault(city, name)
         if "/" in name or name in ("UTC", "GMT"):
             aliases[full] = name

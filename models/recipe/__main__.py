@@ -50,9 +50,10 @@ def run(step: str, work: Path, out: Path, steps: int) -> None:
 
         evaluate(work)
     else:
-        from ai_assistant.models.recipe.export import export
+        from ai_assistant.models.recipe.export import export, write_parity
 
         export(work, out)
+        write_parity(work, out.with_suffix(".parity.jsonl"))
 
 
 if __name__ == "__main__":

@@ -71,9 +71,9 @@ class Score:
     wrong_changes: int = 0
     mistakes: list[str] = field(default_factory=list)
 
-    def add(self, case: Case, answer: Answer) -> None:
+    def add(self, case: Case, answer: Answer, *, declined: bool) -> None:
+        """`declined`: whether the product refused to act on this answer."""
         self.questions += 1
-        declined = refused(answer)
         wants_refusal = case.action == NONE or UNKNOWN in case.arguments.values()
         right = (answer.action, dict(answer.arguments)) == (case.action, dict(case.arguments))
         self.in_scope += not wants_refusal
@@ -109,7 +109,8 @@ class Score:
 def score(cases: Iterable[Case], predict: Predict) -> Score:
     total = Score()
     for case in cases:
-        total.add(case, predict(marked(case)))
+        answer = predict(marked(case))
+        total.add(case, answer, declined=refused(answer))
     return total
 
 

@@ -43,6 +43,11 @@ class TorchPredictor:
         (token,) = self._tokenizer.encode(text).ids
         return int(token)
 
+    def heads(self, text: str) -> dict[str, float]:
+        """Log-probability of the token that begins a call of each action."""
+        first = self._logprobs(prompt_ids(self._tokenizer, text))
+        return {name: first[token] for name, token in self._heads.items()}
+
     def __call__(self, question: Marked) -> Answer:
         ids = prompt_ids(self._tokenizer, question.text)
         first = self._logprobs(ids)
@@ -55,7 +60,11 @@ class TorchPredictor:
             total += second[self._one("}}")]
         for parameter in self._parameters.get(action, ()):
             values = parameter.values or question.choices(parameter.live)
-            tails = {value: self._one(f'"{parameter.name}": "{value}"}}}}') for value in values if self._known(parameter.name, value)}
+            tails = {
+                value: self._one(f'"{parameter.name}": "{value}"}}}}')
+                for value in values
+                if self._known(parameter.name, value)
+            }
             best = max(tails, key=lambda value: second[tails[value]])
             arguments[parameter.name] = best
             total += second[tails[best]]

@@ -16,7 +16,7 @@ from ai_assistant.models.recipe.tokenizer import END, SPECIAL
 
 NAME = "assistant"
 VERSION = "1"
-CREATED = 1_764_000_000
+CREATED = 1_795_305_600
 """Seconds since 1970, fixed, so that the same weights give the same file."""
 MAX_BYTES = 10_000_000
 ACTIONS_KEY = "ai_assistant.actions"
@@ -97,6 +97,30 @@ def export(work: Path, target: Path) -> None:
     }
     target.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     print(f"export: {target.name} {size} bytes, sha256 {facts['sha256']}")
+
+
+def write_parity(work: Path, target: Path) -> None:
+    """What PyTorch makes of the hand-written questions, for the test that llama.cpp makes the same of them.
+
+    One JSON object a line: the question as the model gets it, the prompt's tokens, and the log-probability
+    of the token that begins each of the three likeliest calls.
+    """
+    from ai_assistant.models.recipe.cases import marked, read_cases
+    from ai_assistant.models.recipe.evaluate import TorchPredictor
+    from ai_assistant.models.recipe.tokenizer import prompt_ids
+
+    network, tokenizer = load_network(work)
+    predict = TorchPredictor(network, tokenizer)
+    lines: list[str] = []
+    for case in (*read_cases("dev"), *read_cases("test")):
+        text = marked(case).text
+        likeliest = sorted(predict.heads(text).items(), key=lambda each: -each[1])[:3]
+        lines.append(json.dumps({
+            "text": text,
+            "tokens": prompt_ids(tokenizer, text),
+            "calls": {name: round(value, 4) for name, value in likeliest},
+        }, ensure_ascii=False))  # fmt: skip
+    target.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def _add_tokenizer(writer: Any, tokenizer: Any) -> None:

@@ -42,7 +42,9 @@ class Block(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.heads = shape.heads
         self.attention_norm = Norm(shape.width, shape.epsilon)
-        self.query, self.key, self.value, self.output = (nn.Linear(shape.width, shape.width, bias=False) for _ in range(4))
+        self.query, self.key, self.value, self.output = (
+            nn.Linear(shape.width, shape.width, bias=False) for _ in range(4)
+        )
         self.feed_norm = Norm(shape.width, shape.epsilon)
         self.gate = nn.Linear(shape.width, shape.hidden, bias=False)
         self.up = nn.Linear(shape.width, shape.hidden, bias=False)

@@ -53,7 +53,9 @@ def _alternatives(text: str, at: int, *, top: bool) -> tuple[list[Pattern], int]
                 raise ValueError(f"unbalanced parentheses in {text!r}")
             parts.append(tuple(inner))
             at += 1
-        elif char == ")" and not top:
+        elif char == ")":
+            if top:
+                raise ValueError(f"unbalanced parentheses in {text!r}")
             break
         elif char == "|" and not top:
             found.append(Pattern(tuple(parts)))
@@ -100,20 +102,47 @@ def read_slots(path: Path) -> dict[str, list[Pattern]]:
     return slots
 
 
-_SYLLABLES = "ba ko ri sha tu len mo dar qui zel fa ni pro ex ond wu gra plu tis vor hem jy bax".split()
-_UNKNOWN_EN = [parse(each) for each in (
-    "(the|this|that|some|a|another|my|the other|the new|the old) (model|language model|llm|ai model|ai)",
-    "(the |)(big|small|large|bigger|smaller|best|fast|default|chat|coding|embedding) model",
-    "(the |)(model |)(llama|llama 3|gpt-4|gpt|qwen|qwen 2.5|gemma|mistral|mistral 7b|phi|phi-3|deepseek|deepseek r1|falcon"
-    "|claude|bert|whisper|smollm|tinyllama|mixtral|yi|glm|baichuan|internlm)(| 7b| 1.5b| 70b| mini)",
-    "(the |)model {nonsense}", "(the |)model (called |named |){nonsense}", "it",
-)]  # fmt: skip
-_UNKNOWN_ZH = [parse(each) for each in (
-    "(这个|那个|一个|我的|新的|旧的|大的|小的|默认|)(模型|大模型|语言模型)",
-    "(模型|)(llama|llama3|gpt|千问|通义千问|qwen|gemma|mistral|deepseek|文心|智谱|百川|phi3|豆包|混元)(模型|)", "模型{nonsense}",
-)]  # fmt: skip
-_NO_ZONE_EN = [parse(each) for each in ("mars", "the moon", "{nonsense}", "my place", "somewhere else", "another one")]
-_NO_ZONE_ZH = [parse(each) for each in ("火星", "月球", "别的地方", "另一个", "{znonsense}")]
+def read_frames(path: Path) -> dict[str, Pattern]:
+    """``name: pattern`` lines; the pattern may begin or end with a space that counts."""
+    frames: dict[str, Pattern] = {}
+    for line in path.read_text("utf-8").splitlines():
+        name, colon, pattern = line.partition(": ")
+        if colon and not line.startswith("#"):
+            frames[name] = parse(pattern)
+    return frames
+
+
+_SYLLABLES = "ba ko ri sha tu len mo dar qui zel fa ni pro ex ond wu gra plu tis vor hem jy bax".split()  # noqa: SIM905
+
+
+def _all(*patterns: str) -> list[Pattern]:
+    return [parse(each) for each in patterns]
+
+
+FILLERS = {
+    "?m": _all(
+        "(the|this|that|some|a|another|my|the other|the new|the old) (model|language model|llm|ai model|ai)",
+        "(the |)(big|small|large|bigger|smaller|best|fast|default|chat|coding|embedding) model",
+        "(the |)(model |)(llama|llama 3|gpt-4|gpt|qwen|qwen 2.5|gemma|mistral|mistral 7b|phi|phi-3|deepseek|deepseek r1"
+        "|falcon|claude|bert|whisper|smollm|tinyllama|mixtral|yi|glm|baichuan|internlm)(| 7b| 1.5b| 70b| mini)",
+        "(the |)model {nonsense}",
+        "(the |)model (called |named |){nonsense}",
+        "it",
+    ),
+    "?z": _all(
+        "(这个|那个|一个|我的|新的|旧的|大的|小的|默认|)(模型|大模型|语言模型)",
+        "(模型|)(llama|llama3|gpt|千问|通义千问|qwen|gemma|mistral|deepseek|文心|智谱|百川|phi3|豆包|混元)(模型|)",
+        "模型{nonsense}",
+    ),
+    "?t": _all("mars", "the moon", "{nonsense}", "my place", "somewhere else", "another one"),
+    "?zt": _all("火星", "月球", "别的地方", "另一个", "{znonsense}"),
+}
+"""What is said where a name belongs, though nothing of that name exists: in English and Chinese, models and zones."""
+UNKNOWN_SHARE = 0.22
+_AROUND = {
+    "?m": ("{}", "{}", "the model {}", "the {} model", "model {}", "the {}"),
+    "?z": ("{}", "{}", "模型{}", "{}模型", "{}这个模型"),
+}
 
 
 class Expander:
@@ -148,16 +177,13 @@ class Expander:
             return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4)))
         if name == "znonsense":
             return "".join(chr(rng.randint(0x4E00, 0x9FA5)) for _ in range(rng.randint(2, 5)))
-        if name in ("?m", "?z", "?t", "?zt"):
-            self.unknown = rng.random() < 0.22
+        if name in FILLERS:
+            self.unknown = rng.random() < UNKNOWN_SHARE
             if self.unknown:
-                source = {"?m": _UNKNOWN_EN, "?z": _UNKNOWN_ZH, "?t": _NO_ZONE_EN, "?zt": _NO_ZONE_ZH}[name]
-                return self._expand(rng.choice(source))
+                return self._expand(rng.choice(FILLERS[name]))
             if name in ("?t", "?zt"):
                 return "zone-1"
-            around = ("{}", "{}", "the model {}", "the {} model", "model {}", "the {}") if name == "?m" else (
-                "{}", "{}", "模型{}", "{}模型", "{}这个模型")  # fmt: skip
-            return rng.choice(around).format("model-1")
+            return rng.choice(_AROUND[name]).format("model-1")
         return self._expand(rng.choice(self._slots[name]))
 
 

@@ -21,7 +21,7 @@ from ai_assistant.models.recipe.network import Network, Shape
 from ai_assistant.models.recipe.tokenizer import END, load_tokenizer, prompt_ids
 
 SEED = 20
-STEPS = 4000
+STEPS = 2400
 BATCH = 128
 CHUNK_STEPS = 50
 WARM_UP = 200
