@@ -109,6 +109,12 @@ def test_ask_in_english_and_chinese(world: World) -> None:
     assert "磁盘" in free.json["answer"]
 
 
+def test_ask_tells_what_it_can_do(world: World) -> None:
+    told = cli(world, "ask", "help", user="member")
+    assert told.status == 0, told.err
+    assert len(told.out) > 200
+
+
 def test_ask_does_not_change_anything_unasked(world: World) -> None:
     dry = cli(world, "ask", "please restart the machine", "--dry-run", "--json")
     assert dry.status == 0, dry.err
