@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from dbus_fast import Message, MessageFlag, MessageType, Variant
 
-from ai_assistant.daemon.bus import schema
+from ai_assistant.daemon.bus import schema, standard
 from ai_assistant.daemon.bus.wire import MAX_MESSAGE_BYTES, BusError, Incoming, Wire
 from ai_assistant.errors import AIAssistantError, Busy, InternalError, InvalidArgument
 
@@ -26,37 +26,6 @@ BUS_NAME = "org.ai_assistant1"
 ROOT = "/org/ai_assistant1"
 _ERROR = "org.freedesktop.DBus.Error."
 _CHANGE_INTERVAL_S = 0.25
-_STANDARD = """ <interface name="org.freedesktop.DBus.Introspectable">
-  <method name="Introspect"><arg name="xml_data" type="s" direction="out"/></method>
- </interface>
- <interface name="org.freedesktop.DBus.Peer">
-  <method name="Ping"/>
-  <method name="GetMachineId"><arg name="machine_uuid" type="s" direction="out"/></method>
- </interface>"""
-_PROPERTIES = """ <interface name="org.freedesktop.DBus.Properties">
-  <method name="Get">
-   <arg name="interface_name" type="s" direction="in"/><arg name="property_name" type="s" direction="in"/>
-   <arg name="value" type="v" direction="out"/>
-  </method>
-  <method name="Set">
-   <arg name="interface_name" type="s" direction="in"/><arg name="property_name" type="s" direction="in"/>
-   <arg name="value" type="v" direction="in"/>
-  </method>
-  <method name="GetAll">
-   <arg name="interface_name" type="s" direction="in"/><arg name="properties" type="a{sv}" direction="out"/>
-  </method>
-  <signal name="PropertiesChanged">
-   <arg name="interface_name" type="s"/><arg name="changed_properties" type="a{sv}"/>
-   <arg name="invalidated_properties" type="as"/>
-  </signal>
- </interface>"""
-_OBJECT_MANAGER = """ <interface name="org.freedesktop.DBus.ObjectManager">
-  <method name="GetManagedObjects"><arg name="objects" type="a{oa{sa{sv}}}" direction="out"/></method>
-  <signal name="InterfacesAdded">
-   <arg name="object_path" type="o"/><arg name="interfaces_and_properties" type="a{sa{sv}}"/>
-  </signal>
-  <signal name="InterfacesRemoved"><arg name="object_path" type="o"/><arg name="interfaces" type="as"/></signal>
- </interface>"""
 
 
 class Handler(Protocol):
@@ -307,9 +276,9 @@ class Connection:
 
     async def _dispatch(self, incoming: Incoming, descriptors: Sequence[Descriptor]) -> tuple[str, list[Any]]:
         header = incoming.header
-        standard = self._standard(incoming)
-        if standard is not None:
-            return standard
+        answer = self._standard(incoming)
+        if answer is not None:
+            return answer
         handlers = self._objects.get(header.path)
         if handlers is None:
             raise DBusFault("UnknownObject", f"no object at {header.path[:200]}")
@@ -341,7 +310,7 @@ class Connection:
     def _standard(self, incoming: Incoming) -> tuple[str, list[Any]] | None:
         """Answers of the interfaces that D-Bus itself defines; None: not one of those."""
         header = incoming.header
-        wanted = _STANDARD_METHODS.get((header.interface, header.member))
+        wanted = standard.METHODS.get((header.interface, header.member))
         if wanted is None:
             if header.interface.startswith("org.freedesktop.DBus."):
                 raise DBusFault("UnknownMethod", f"no method {header.interface[:200]}.{header.member[:200]}")
@@ -394,13 +363,13 @@ class Connection:
             '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"',
             ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">',
             "<node>",
-            _STANDARD,
+            standard.EVERYWHERE,
         ]
         handlers = self._objects.get(path, {})
         if handlers:
-            lines.append(_PROPERTIES)
+            lines.append(standard.PROPERTIES)
         if path == ROOT:
-            lines.append(_OBJECT_MANAGER)
+            lines.append(standard.OBJECT_MANAGER)
         lines += [self._schemas[name].xml() for name in handlers]
         lines += [f' <node name="{child}"/>' for child in _children(path, self._objects)]
         return "\n".join([*lines, "</node>", ""])
@@ -452,17 +421,6 @@ class Connection:
         self.wire.send(message)
 
 
-_STANDARD_METHODS = {
-    ("org.freedesktop.DBus.Peer", "Ping"): "",
-    ("org.freedesktop.DBus.Peer", "GetMachineId"): "",
-    ("org.freedesktop.DBus.Introspectable", "Introspect"): "",
-    ("org.freedesktop.DBus.ObjectManager", "GetManagedObjects"): "",
-    ("org.freedesktop.DBus.Properties", "Get"): "ss",
-    ("org.freedesktop.DBus.Properties", "Set"): "ssv",
-    ("org.freedesktop.DBus.Properties", "GetAll"): "s",
-}
-
-
 def _children(path: str, objects: Iterable[str]) -> list[str]:
     """Names directly below `path`; compared by whole components, so /a/t is no parent of /a/tt."""
     prefix = "/" if path == "/" else path + "/"
@@ -484,42 +442,3 @@ def _machine_id() -> str:
 def _close(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
-
-
-def plain(value: Any) -> Any:
-    """A D-Bus value with every variant taken out of its wrapper."""
-    if isinstance(value, Variant):
-        return plain(value.value)
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return value
-
-
-def variant(value: Any) -> Variant:
-    """A JSON-like value in a variant: ints are x, floats d, lists of strings as, other lists av.
-
-    Raises:
-        TypeError: None and what is not JSON-like has no D-Bus form.
-    """
-    if isinstance(value, bool):
-        return Variant("b", value)
-    if isinstance(value, int):
-        return Variant("x", value)
-    if isinstance(value, float):
-        return Variant("d", value)
-    if isinstance(value, str):
-        return Variant("s", value)
-    if isinstance(value, Mapping):
-        return Variant("a{sv}", variants(value))
-    if isinstance(value, list | tuple):
-        if all(isinstance(each, str) for each in value):
-            return Variant("as", list(value))
-        return Variant("av", [variant(each) for each in value])
-    raise TypeError(f"{type(value).__name__} has no D-Bus form")
-
-
-def variants(values: Mapping[str, Any]) -> dict[str, Variant]:
-    """a{sv} of a mapping; what is None is left out, as D-Bus has no null."""
-    return {key: variant(value) for key, value in values.items() if value is not None}

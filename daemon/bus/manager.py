@@ -8,8 +8,9 @@ from typing import Any
 from dbus_fast import Variant
 
 from ai_assistant.daemon.authority import Authority
-from ai_assistant.daemon.bus.connection import Call, Descriptor, plain, variants
+from ai_assistant.daemon.bus.connection import Call, Descriptor
 from ai_assistant.daemon.bus.model import no_options
+from ai_assistant.daemon.bus.values import plain, variants
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.journal import PRIORITIES, read_log

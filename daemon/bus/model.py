@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ai_assistant.daemon.authority import Authority
-from ai_assistant.daemon.bus.connection import Call, plain
+from ai_assistant.daemon.bus.connection import Call
+from ai_assistant.daemon.bus.values import plain
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.service import DaemonService

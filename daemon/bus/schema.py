@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -139,8 +138,3 @@ def check(interface: Interface, handler: Any) -> None:
     } - known
     if extra:
         raise TypeError(f"{type(handler).__name__}: not in the XML: {', '.join(sorted(extra))}")
-
-
-def matches_type(value: Any, types: Iterable[str]) -> bool:
-    """Whether a D-Bus signature is one of `types` (used for the options in a{sv})."""
-    return getattr(value, "signature", None) in set(types)

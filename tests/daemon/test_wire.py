@@ -15,7 +15,7 @@ import pytest_asyncio
 from dbus_fast import Message, MessageType, Variant
 
 from ai_assistant.daemon.bus import wire as module
-from ai_assistant.daemon.bus.connection import plain, variant, variants
+from ai_assistant.daemon.bus.values import plain, variant, variants
 from ai_assistant.daemon.bus.wire import MAX_MESSAGE_BYTES, BusError, Incoming, Wire, parse_header
 from ai_assistant.errors import ServiceUnavailable
 
