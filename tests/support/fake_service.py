@@ -123,7 +123,7 @@ class FakeService:
         if text.startswith("!break"):
             yield Chunk("one ")
             yield Chunk("two ")
-            raise self.errors[text.split()[1]]
+            raise self.errors[text.split()[1]].with_traceback(None)
         usage = Usage(len(text.split()), 0, 1, 0.25, 0.5, 0.75, 1.5)
         if request.tools and request.tool_choice != "none":
             names = [each["function"]["name"] for each in request.tools]
@@ -144,7 +144,7 @@ class FakeService:
 
     def _maybe_raise(self, text: str) -> None:
         if text.startswith("!raise"):
-            raise self.errors[text.split()[1]]
+            raise self.errors[text.split()[1]].with_traceback(None)
 
 
 def _logprobs(token: str, top: int | None) -> tuple[TokenLogprob, ...]:
