@@ -7,6 +7,7 @@ What llama.cpp reports as an ordinary error, such as a missing tensor, is left t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ai_assistant.engines.contract import LoadOptions, ModelInfo
@@ -19,6 +20,9 @@ MAX_EXPERTS = 1024
 MAX_CONTEXT = 1 << 26
 MAX_VOCABULARY = 1 << 21
 _MAX_WIDTH = 1 << 20
+_DEFAULT_CONTEXT = 8192
+_LEAST_CONTEXT = 1024
+_DEFAULT_KV_BYTES = 1 << 30
 
 _ENCODERS = """
     bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding
@@ -69,7 +73,7 @@ def check(model: Gguf) -> ModelInfo:
         context_length=_integer(model, "context_length"),
         has_chat_template=bool(model.chat_template),
         can_embed=architecture in ENCODERS or (architecture in DECODERS and architecture not in RECURRENT),
-        name=_text(model, "general.name"),
+        name=_text(model, "general.name")[:200],
     )
 
 
@@ -159,10 +163,18 @@ def _check_tokenizer(model: Gguf) -> None:
 
 
 def context_of(model: Gguf, options: LoadOptions) -> int:
-    """Tokens per sequence that a load with these options gives: by default what the model was trained for,
-    but not more than 8192, because the cache for it is allocated at once."""
+    """Tokens per sequence that a load with these options gives.
+
+    By default what the model was trained for, up to 8192, and less where the cache for all sequences,
+    which is allocated at once, would be larger than 1 GiB.
+    """
     trained = _integer(model, "context_length")
-    return min(options.context_length, trained) if options.context_length else min(trained, 8192)
+    if options.context_length:
+        return min(options.context_length, trained)
+    context = min(trained, _DEFAULT_CONTEXT)
+    while context > _LEAST_CONTEXT and kv_bytes(model, replace(options, context_length=context)) > _DEFAULT_KV_BYTES:
+        context //= 2
+    return context
 
 
 def estimate_memory_bytes(model: Gguf, options: LoadOptions | None = None) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,6 @@ from ai_assistant.engines.gguf import Gguf, opened, read_gguf
 from ai_assistant.engines.grammar import grammar_of
 from ai_assistant.errors import (
     AIAssistantError,
-    Cancelled,
     ContextOverflow,
     InvalidArgument,
     NotSupported,
@@ -34,6 +34,8 @@ from ai_assistant.errors import (
 
 MAX_SEQUENCES = 64
 MAX_QUEUED = 64
+MAX_TOKENIZE = 4 << 20
+"""Characters of a text that is only to be counted."""
 
 
 class LlamaEngine:
@@ -90,6 +92,8 @@ class LlamaEngine:
         self._template = ChatTemplate(header.chat_template, bos, eos)
         self._embedder: Any = None
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._users = 0
         self._closed = False
         self._context: Any = None
         self._scheduler: Any = None
@@ -141,8 +145,11 @@ class LlamaEngine:
         return self._context_length
 
     def generate(self, request: GenerateRequest) -> LlamaGeneration:
+        with self._in_use():
+            return self._generate(request)
+
+    def _generate(self, request: GenerateRequest) -> LlamaGeneration:
         started = time.monotonic()
-        self._check_open()
         if self._scheduler is None:
             raise NotSupported(f"models of architecture {self._info.architecture} make embeddings, not text")
         from ai_assistant.engines.sampling import Sampler
@@ -196,28 +203,40 @@ class LlamaEngine:
         )
 
     def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
-        self._check_open()
         if not self._info.can_embed:
             raise NotSupported(f"models of architecture {self._info.architecture} cannot make embeddings")
-        with self._lock:
-            if self._embedder is None:
-                from ai_assistant.engines.embedding import Embedder
+        with self._in_use():
+            with self._lock:
+                if self._embedder is None:
+                    from ai_assistant.engines.embedding import Embedder
 
-                self._embedder = Embedder(
-                    self._lib, self._model, self._vocabulary,
-                    context_length=self._context_length, threads=self._threads,
-                )  # fmt: skip
-        vectors, tokens = self._embedder.embed(texts)
-        return vectors, tokens
+                    self._embedder = Embedder(
+                        self._lib, self._model, self._vocabulary,
+                        context_length=self._context_length, threads=self._threads,
+                    )  # fmt: skip
+            vectors, tokens = self._embedder.embed(texts)
+            return vectors, tokens
 
     def tokenize(self, text: str) -> list[int]:
-        self._check_open()
-        tokens: list[int] = self._vocabulary.tokenize(text).tolist()
-        return tokens
+        if len(text) > MAX_TOKENIZE:
+            raise InvalidArgument(f"the text has {len(text)} characters, more than {MAX_TOKENIZE}", param="text")
+        with self._in_use():
+            tokens: list[int] = self._vocabulary.tokenize(text).tolist()
+            return tokens
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise InvalidArgument("the model is closed")
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Keeps `close` from freeing the model under somebody's feet."""
+        with self._lock:
+            if self._closed:
+                raise InvalidArgument("the model is closed")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                self._idle.notify_all()
 
     def close(self) -> None:
         with self._lock:
@@ -226,6 +245,9 @@ class LlamaEngine:
             self._closed = True
         if self._scheduler is not None:
             self._scheduler.close()
+        with self._lock:
+            while self._users:
+                self._idle.wait()
         if self._embedder is not None:
             self._embedder.close()
         if self._context:
@@ -325,7 +347,4 @@ def _output(request: GenerateRequest, functions: Sequence[Any], forced: bool) ->
         return ForcedCall(names)
     if names and request.response_schema is None:
         return AutoCalls(request.stop, names)
-    return PlainOutput(request.stop, keep=request.response_schema is not None)
-
-
-__all__ = ["Cancelled", "LlamaEngine", "LlamaGeneration", "checked_options"]
+    return PlainOutput(request.stop, enforced=request.response_schema is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Protocol
 
 from ai_assistant.engines.contract import ToolCall
@@ -22,16 +21,41 @@ class Output(Protocol):
 
     @property
     def complete(self) -> bool:
-        """Whether what was generated under a grammar is already a whole JSON value."""
+        """Whether a grammar was followed to its end: a whole JSON object or list was written."""
+
+
+class _JsonEnd:
+    """Knows when an object or list that a grammar keeps valid is complete, looking at each character once."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._quoted = False
+        self._escaped = False
+        self.reached = False
+
+    def feed(self, text: str) -> None:
+        for each in text:
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._escaped = each == "\\"
+                self._quoted = each != '"'
+            elif each == '"':
+                self._quoted = True
+            elif each in "{[":
+                self._depth += 1
+            elif each in "}]":
+                self._depth -= 1
+                self.reached = self._depth <= 0
 
 
 class PlainOutput:
-    """Text as it comes. With a schema the text is kept as well, to know when it is complete."""
+    """Text as it comes. Under a schema it also knows when the answer is complete."""
 
-    def __init__(self, stops: tuple[str, ...], *, keep: bool = False) -> None:
+    def __init__(self, stops: tuple[str, ...], *, enforced: bool = False) -> None:
         self._decoder = Utf8Decoder()
         self._matcher = StopMatcher(stops)
-        self._kept: list[str] | None = [] if keep else None
+        self._end = _JsonEnd() if enforced else None
 
     @property
     def stopped(self) -> bool:
@@ -39,8 +63,8 @@ class PlainOutput:
 
     def feed(self, piece: bytes) -> str:
         text = self._decoder.feed(piece)
-        if self._kept is not None:
-            self._kept.append(text)
+        if self._end is not None:
+            self._end.feed(text)
         return self._matcher.feed(text)
 
     def finish(self) -> tuple[str, tuple[ToolCall, ...]]:
@@ -48,7 +72,7 @@ class PlainOutput:
 
     @property
     def complete(self) -> bool:
-        return self._kept is not None and _is_json("".join(self._kept))
+        return self._end is not None and self._end.reached
 
 
 class ForcedCall:
@@ -60,9 +84,12 @@ class ForcedCall:
         self._decoder = Utf8Decoder()
         self._names = names
         self._text: list[str] = []
+        self._end = _JsonEnd()
 
     def feed(self, piece: bytes) -> str:
-        self._text.append(self._decoder.feed(piece))
+        text = self._decoder.feed(piece)
+        self._text.append(text)
+        self._end.feed(text)
         return ""
 
     def finish(self) -> tuple[str, tuple[ToolCall, ...]]:
@@ -71,7 +98,7 @@ class ForcedCall:
 
     @property
     def complete(self) -> bool:
-        return _is_json("".join(self._text))
+        return self._end.reached
 
 
 class AutoCalls:
@@ -99,9 +126,3 @@ class AutoCalls:
         return False
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

@@ -16,6 +16,7 @@ import numpy as np
 from ai_assistant.engines.contract import GenerateRequest, TokenLogprob
 from ai_assistant.errors import InvalidArgument, InvalidModel, NotSupported
 
+LEAST_LOGPROB = -9999.0
 _PENALTY_WINDOW = 1 << 16
 """Tokens of the answer that count for the penalties."""
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -201,4 +202,5 @@ def _entry(
     token: int, logprob: float, piece: Callable[[int], bytes], top: tuple[TokenLogprob, ...] = ()
 ) -> TokenLogprob:
     raw = piece(token)
-    return TokenLogprob(raw.decode(errors="replace"), tuple(raw), logprob, top)
+    # JSON has no infinity, and a masked token has that.
+    return TokenLogprob(raw.decode(errors="replace"), tuple(raw), max(logprob, LEAST_LOGPROB), top)

@@ -20,7 +20,7 @@ from ai_assistant.engines.native import last_messages
 from ai_assistant.engines.output import Output
 from ai_assistant.engines.sampling import Logits, Sampler, Scratch, logprobs_of
 from ai_assistant.engines.vocabulary import Vocabulary
-from ai_assistant.errors import AIAssistantError, Busy, Cancelled, InternalError, InvalidModel, NotSupported
+from ai_assistant.errors import AIAssistantError, Busy, Cancelled, InternalError, InvalidModel
 
 MAX_UNREAD = 4096
 """Events that a slow reader may leave behind before its sequence waits for it."""
@@ -101,7 +101,6 @@ class Scheduler:
         context: the native context, made for `sequences` sequences of `context_length` tokens each.
         batch_tokens: most tokens per step.
         max_queued: tasks that may wait; more are `Busy`.
-        whole_prefix: the model's state can be kept or cleared but not cut back (recurrent models).
     """
 
     def __init__(
@@ -298,15 +297,7 @@ class Scheduler:
     def _advance(self, slot: _Slot, task: Task, index: int) -> None:
         """Sample one token of a sequence, and tell its reader."""
         logits = self._logits.row(index)
-        try:
-            token = task.sampler.choose(logits, self._scratch)
-        except NotSupported:
-            # Under a grammar whose end is reached, only an end token may follow; not every model has one.
-            if not task.output.complete:
-                raise
-            self._release(slot)
-            task.finish(FinishReason.STOP)
-            return
+        token = task.sampler.choose(logits, self._scratch)
         if task.first == 0.0:
             task.first = time.monotonic()
         vocabulary = self._vocabulary
@@ -322,7 +313,8 @@ class Scheduler:
             extra = (logprobs_of(logits, token, task.top, vocabulary.piece),)
         if text or extra:
             task.events.put(Chunk(text, extra))
-        if task.output.stopped:
+        if task.output.stopped or task.output.complete:
+            # A complete answer needs no further step in which only an end token would be allowed.
             self._release(slot)
             task.finish(FinishReason.STOP)
         elif task.produced >= task.limit or slot.length >= self._context_length:

@@ -240,6 +240,15 @@ def _join_filter(values: Any, separator: Any = "", attribute: Any = None) -> str
     return between.join(texts)
 
 
+def _indent_filter(text: Any, width: Any = 4, first: bool = False, blank: bool = False) -> str:
+    fill = width if isinstance(width, str) else " " * min(int(width), 64)
+    lines = str(text).splitlines(keepends=True) or [""]
+    _check_length(len(str(text)) + len(fill) * len(lines))
+    return "".join(
+        fill + line if (first or number) and (blank or line.strip()) else line for number, line in enumerate(lines)
+    )
+
+
 def _string_filter(value: Any) -> str:
     return str(_checked(value))
 
@@ -254,7 +263,8 @@ def _environment() -> _Sandbox:
         raise_exception=_raise_exception, strftime_now=_strftime_now, range=_range, __concat__=_concat,
         __weigh__=_weigh, namespace=_namespace(), dict=dict,
     )  # fmt: skip
-    environment.filters.update(tojson=_tojson, replace=_replace_filter, join=_join_filter, string=_string_filter)
+    environment.filters.update(tojson=_tojson, replace=_replace_filter, join=_join_filter)
+    environment.filters.update(string=_string_filter, indent=_indent_filter)
     for name in _UNAVAILABLE:
         environment.filters.pop(name, None)
     return environment

@@ -94,7 +94,8 @@ def parse_call(text: str, names: frozenset[str]) -> ToolCall | None:
         return None
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
-    if not isinstance(value, dict) or value.get("name") not in names:
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in names:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
@@ -105,7 +106,7 @@ def parse_call(text: str, names: frozenset[str]) -> ToolCall | None:
             return None
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
 
 
 class ToolReader:
@@ -117,6 +118,8 @@ class ToolReader:
         self._calls: list[ToolCall] = []
         self._begun = False
         """Something was shown, so a bare object no longer counts as a call."""
+        self._after_call = False
+        """Blank space that follows a call belongs to it."""
 
     def feed(self, text: str) -> str:
         """What may be shown now."""
@@ -133,6 +136,8 @@ class ToolReader:
 
     def _next(self) -> tuple[str, bool]:
         """The next piece to show, and whether more text is needed to go on."""
+        if self._after_call:
+            self._held = self._held.lstrip()
         held = self._held
         at = held.find(_OPEN)
         if at == 0:
@@ -144,21 +149,17 @@ class ToolReader:
             if call is None:
                 return whole, False
             self._calls.append(call)
+            self._after_call = True
             return "", False
         if not self._begun and not self._calls and _may_be_bare(held):
             return "", len(held) <= _MAX_CALL
         if at > 0:
-            before = self._take(at)
-            return ("" if self._calls and not before.strip() else before), False
-        keep = _partial_tag(held)
-        if self._calls and not held[: len(held) - keep].strip():
-            # Blank space between or behind calls belongs to them.
-            self._held = held[len(held) - keep :]
-            return "", True
-        return self._take(len(held) - keep), True
+            return self._take(at), False
+        return self._take(len(held) - _partial_tag(held)), True
 
     def _take(self, count: int) -> str:
         taken, self._held = self._held[:count], self._held[count:]
+        self._after_call = self._after_call and not taken
         return taken
 
     def finish(self) -> tuple[str, tuple[ToolCall, ...]]:
@@ -178,7 +179,7 @@ class ToolReader:
 
 def _may_be_bare(text: str) -> bool:
     head = "".join(text[:200].split())
-    return bool(head) and any(head.startswith(each) or each.startswith(head) for each in _BARE)
+    return any(head.startswith(each) or each.startswith(head) for each in _BARE)
 
 
 def _partial_tag(text: str) -> int:

@@ -109,8 +109,8 @@ def byte_level_tokens(count: int, specials: Sequence[str]) -> tuple[list[str], l
     chosen = pairs[:wanted]
     merges = [f"{a} {b}" for a, b in chosen]
     tokens += [a + b for a, b in chosen]
-    filler = [f"<unused{n}>" for n in range(wanted - len(chosen))]
-    kinds = [1] * len(tokens) + [5] * len(filler) + [3] * len(specials)
+    filler = [f"word{n}" for n in range(wanted - len(chosen))]
+    kinds = [1] * (len(tokens) + len(filler)) + [3] * len(specials)
     return tokens + filler + list(specials), merges, kinds
 
 

@@ -1,0 +1,153 @@
+"""Chat templates: what real ones expect, and what hostile ones get."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from ai_assistant.engines.templates import MAX_TEMPLATE, ChatTemplate
+from ai_assistant.errors import InvalidArgument, InvalidModel
+
+_USER = {"role": "user", "content": "hi"}
+
+
+def test_the_fallback_is_chatml() -> None:
+    text = ChatTemplate("").render([{"role": "system", "content": "Be brief."}, _USER])
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}", "<s>hi</s>"),
+        ("{% for m in messages %}\n    {% if m.role == 'user' %}\nU\n    {% endif %}\n{% endfor %}", "U\n"),
+        ("{{ {'a': 'é', 'b': [1]} | tojson }}", '{"a": "é", "b": [1]}'),
+        ("{{ {'a': 1} | tojson(indent=2) }}", '{\n  "a": 1\n}'),
+        ("{% set ns = namespace(n=0) %}{% for i in range(5) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}", "10"),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        ("{% generation %}x{% endgeneration %}", "x"),
+        ("{% if add_generation_prompt %}go{% endif %}", "go"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ tools is none }}{{ documents is none }}", "TrueTrue"),
+        ("{% macro m(x) %}[{{ x }}]{% endmacro %}{{ m(1) ~ m('b') }}", "[1][b]"),
+        ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "1"),
+        ("{{ 'a,b'.split(',')[-1] }}{{ ' x '.strip() }}{{ messages[::-1][0].role }}", "bxuser"),
+        ("{{ '%s-%02d' % ('a', 3) }}{{ '{}'.format(5) }}{{ 'q' | replace('q', 'r') }}", "a-035r"),
+        ("{{ ['a', 'b'] | join('+') }}{{ (1, 2) | length }}{{ 'a\nb' | indent(2) }}", "a+b2a\n  b"),
+    ],
+)
+def test_what_templates_use(source: str, expected: str) -> None:
+    assert ChatTemplate(source, "<s>", "</s>").render([_USER]) == expected
+
+
+def test_messages_are_made_plain() -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.role }}:{{ m.content }}|{{ (m.tool_calls or 0) | tojson }};{% endfor %}")
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    text = template.render(
+        [
+            {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+    )
+    assert text.startswith("system:ab|")
+    assert '"arguments": {"a": 1}' in text
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "king", "content": "x"}, "messages[0].role"),
+        ({"content": "x"}, "messages[0].role"),
+        ({"role": "user", "content": 5}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content"),
+        ({"role": "assistant", "tool_calls": "x"}, "messages[0].tool_calls"),
+        ({"role": "assistant", "tool_calls": [5]}, "messages[0].tool_calls"),
+    ],
+)
+def test_wrong_messages(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        ChatTemplate("").render([message])
+    assert caught.value.param == param
+
+
+def test_a_template_may_refuse() -> None:
+    with pytest.raises(InvalidArgument, match="roles must alternate"):
+        ChatTemplate("{{ raise_exception('roles must alternate') }}").render([_USER])
+
+
+def test_tools_reach_templates_that_know_them_and_the_system_text_of_others() -> None:
+    function = {"name": "warm", "parameters": {"type": "object"}}
+    knows = ChatTemplate("{% for t in tools %}{{ t.function.name }}{% endfor %}")
+    assert knows.render([_USER], [function]) == "warm"
+    text = ChatTemplate("").render([_USER], [function])
+    assert text.startswith("<|im_start|>system\n")
+    assert '"name": "warm"' in text
+    assert "<tool_call>" in text
+    merged = ChatTemplate("").render([{"role": "system", "content": "Be brief."}, _USER], [function])
+    assert merged.count("<|im_start|>system") == 1
+
+
+_BOMBS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for a in range(10**9) %}{% endfor %}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% set ns = namespace(s='a') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='a') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='aa') %}{% for i in range(60) %}{% set ns.s = ns.s.replace('a', ns.s) %}{% endfor %}",
+    "{% set ns = namespace(s='aa') %}{% for i in range(60) %}{% set ns.s = ns.s | replace('a', ns.s) %}{% endfor %}",
+    "{% set ns = namespace(s='aa') %}{% for i in range(60) %}{% set ns.s = ns.s.join(ns.s) %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x=1) %}{% for i in range(60) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}",
+    "{% for i in range(9999) %}{{ 'x' * 99999 }}{% endfor %}",
+    "{{ 'a' * 10**9 }}", "{{ [1] * 10**9 }}", "{{ 10**10**10 }}", "{{ 'x'.center(10**12) }}", "{{ 'x'.zfill(10**10) }}",
+    "{{ '%1000000000d' % 1 }}", "{{ '%*d' % (10**9, 1) }}", "{{ '{:1000000000}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 10**9) }}",
+    "{% for x in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
+    "{{ range(99999) | map('string') | join('a' * 1000) }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", _BOMBS)
+def test_bombs_go_off_in_nobodys_hands(source: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(InvalidModel) as caught:
+        ChatTemplate(source).render([_USER])
+    assert caught.value.name == "InvalidModel"
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='x') }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ ('%s' % messages).__class__ }}",
+        "{{ nothing.of.the.kind }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{% if %}",
+        "{{ 1 / 0 }}",
+        "{{ 'x' | nosuchfilter }}",
+    ],
+)
+def test_what_the_sandbox_keeps_out(source: str) -> None:
+    # Jinja prints an attribute that it keeps back as nothing, and fails on what would go on from there.
+    try:
+        assert ChatTemplate(source).render([_USER]) == ""
+    except InvalidModel as error:
+        assert error.message
+
+
+def test_a_template_of_absurd_length() -> None:
+    with pytest.raises(InvalidModel, match="characters long"):
+        ChatTemplate("x" * (MAX_TEMPLATE + 1))
+    with pytest.raises(InvalidModel):
+        ChatTemplate("{{ " + "(" * 50_000 + " }}").render([_USER])
