@@ -86,8 +86,7 @@ class Conversation:
         """Read turns up to the end of the input."""
         interactive = sys.stdin.isatty() and self.out.terminal() and not self.out.json
         if interactive:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 line editing and history for input()
+            line_editing()
             self.out.note(f"{self.engine.model} – /help for help, Ctrl-D to leave")
         while True:
             try:
@@ -123,6 +122,12 @@ class Conversation:
         else:
             self.out.note(HELP if word in ("/help", "/?") else f"there is no {word}\n{HELP}")
         return True
+
+
+def line_editing() -> None:
+    """Line editing and history for what is typed from here on, where Python has it."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
 
 
 def read_turn(interactive: bool) -> str | None:

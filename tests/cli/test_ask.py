@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -109,6 +110,15 @@ def test_refusals(cli: Cli, script: Script, error: Exception, status: int) -> No
 
 def test_without_a_bus_it_is_4(cli: Cli, nothing: None) -> None:
     assert cli("ask", "how warm is it?").status == 4
+
+
+def test_without_a_question_each_line_is_one(cli: Cli, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("how warm?\n\nhow full?\n"))
+    assert cli("ask").out == "45 °C\n45 °C\n"
+    assert script.questions == ["how warm?", "how full?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("how warm?\n"))
+    script.proposal = Unsure("I am not sure")
+    assert cli("ask").status == 1
 
 
 class Anything:

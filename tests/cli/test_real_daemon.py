@@ -26,6 +26,7 @@ from ai_assistant import (
 from tests.bus import world as worlds
 from tests.bus.world import CHECKOUT, USERS, World
 from tests.cli.conftest import Result
+from tests.cli.test_talk import Terminal
 from tests.support import gguf_writer
 
 pytestmark = [pytest.mark.bus, pytest.mark.engine]
@@ -113,6 +114,21 @@ def test_ask_tells_what_it_can_do(world: World) -> None:
     told = cli(world, "ask", "help", user="member")
     assert told.status == 0, told.err
     assert len(told.out) > 200
+
+
+def test_asking_on_a_terminal_goes_on_after_a_refusal(here: World) -> None:
+    terminal = Terminal("ask")
+    terminal.until("> ")
+    terminal.type("how warm is it?\n")
+    terminal.until(r"temperature(.|\r\n)*> |°C(.|\r\n)*> ")
+    terminal.type("what is the capital of France?\n")
+    terminal.until(r"error:(.|\r\n)*> ")
+    terminal.type("restart the machine\n")
+    terminal.until(r"\[y/N\]:")
+    terminal.type("n\n")
+    terminal.until(r"not done(.|\r\n)*> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
 
 
 def test_ask_does_not_change_anything_unasked(world: World) -> None:
