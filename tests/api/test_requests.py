@@ -96,6 +96,15 @@ def test_tools_and_the_choice_among_them() -> None:
     assert not parse_chat(chat(tools=[TOOL], parallel_tool_calls=True))[2].one_call
 
 
+@pytest.mark.parametrize("name", ["none", "auto", "required"])
+def test_a_tool_named_like_a_choice_can_be_offered_but_not_chosen_by_name(name: str) -> None:
+    tools = [{"type": "function", "function": {"name": name}}]
+    assert parse_chat(chat(tools=tools))[1].tool_choice == "auto"
+    with pytest.raises(NotSupported) as caught:
+        parse_chat(chat(tools=tools, tool_choice={"type": "function", "function": {"name": name}}))
+    assert caught.value.param == "tool_choice.function.name"
+
+
 def test_a_conversation_is_reduced_to_what_templates_read() -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "warmth", "arguments": "{}"}}
     _, request, _ = parse_chat(
@@ -207,7 +216,6 @@ def test_what_cannot_be_done_is_refused_unless_it_is_the_default(name: str) -> N
         ({"tools": ["x"]}, "tools[0]"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "auto"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "f\n"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]}, "tools[0].function.parameters"),
         ({"tool_choice": "required"}, "tool_choice"),
