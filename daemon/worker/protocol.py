@@ -24,7 +24,7 @@ MAX_UNSENT = 64 << 20
 _MERGE_ABOVE = 32
 """Unread chunks of plain text beyond these are joined, so that a slow reader costs bytes, not objects."""
 _MAX_UNREAD = 16 << 20
-"""Bytes of events that one request may leave unread."""
+"""Bytes of events (see `_weight`) that one request may leave unread."""
 
 
 class WorkerClient:
@@ -169,7 +169,7 @@ class WorkerClient:
 
     # Called by the wire.
 
-    def _received(self, message: dict[str, Any], size: int) -> None:
+    def _received(self, message: dict[str, Any]) -> None:
         number = message.get("id")
         # Unknown numbers are ordinary: events that were under way when a request was cancelled.
         pending = self._pending.get(number) if isinstance(number, int) and not isinstance(number, bool) else None
@@ -182,15 +182,15 @@ class WorkerClient:
             if pending.progress is not None:
                 pending.progress(messages.progress(message))
         elif kind == "loaded" and pending.op == "load":
-            pending.put(messages.model_info(message.get("info")), size)
+            pending.put(messages.model_info(message.get("info")))
             pending.ended = True
         elif kind == "result" and pending.op in messages.RESULTS:
-            pending.put(messages.RESULTS[pending.op](message.get("value")), size)
+            pending.put(messages.RESULTS[pending.op](message.get("value")))
             pending.ended = True
         elif kind in ("chunk", "finished") and pending.op == "generate":
             event = messages.event(message)
             pending.ended = isinstance(event, Finished)
-            pending.put(event, size)
+            pending.put(event)
         else:
             raise ProtocolError(f"an unexpected event {str(kind)[:40]!r}")
 
@@ -217,7 +217,8 @@ class _Pending:
         self._failure: AIAssistantError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, item: Any, size: int) -> None:
+    def put(self, item: Any) -> None:
+        size = _weight(item)
         self.unread += size
         if self.unread > _MAX_UNREAD:
             # Either a reader that sleeps, or a worker that floods: both end here, without the daemon.
@@ -253,6 +254,13 @@ class _Pending:
         return item
 
 
+def _weight(item: Any) -> int:
+    """About the bytes that an item takes while it waits."""
+    if not isinstance(item, Chunk):
+        return 0  # The last one of its request.
+    return len(item.text) + sum(256 * (1 + len(each.top)) + len(each.bytes) for each in item.logprobs) + 1
+
+
 class _Wire(asyncio.Protocol):
     def __init__(self, client: WorkerClient) -> None:
         self._client = client
@@ -266,7 +274,7 @@ class _Wire(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for message in self._reader.feed(data):
-                self._client._received(message, len(data) if len(data) < 4096 else 4096)
+                self._client._received(message)
         except (ProtocolError, ValueError) as error:
             self._client._end(f"the worker does not speak the protocol: {error}")
             if self._transport is not None:
