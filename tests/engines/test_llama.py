@@ -27,7 +27,7 @@ from ai_assistant.engines.contract import (
     TokenLogprob,
 )
 from ai_assistant.engines.gguf import read_gguf
-from ai_assistant.engines.llama import LlamaEngine
+from ai_assistant.engines.llama import LlamaEngine, LlamaGeneration
 from ai_assistant.errors import (
     AIAssistantError,
     Busy,
@@ -43,10 +43,22 @@ pytestmark = pytest.mark.engine
 
 _TOOLS: tuple[dict[str, Any], ...] = (
     {"type": "function", "function": {"name": "set_profile", "parameters": {
-        "type": "object", "properties": {"profile": {"enum": ["eco", "fast"]}, "hours": {"type": "integer", "minimum": 1, "maximum": 24}},
+        "type": "object",
+        "properties": {"profile": {"enum": ["eco", "fast"]}, "hours": {"type": "integer", "minimum": 1, "maximum": 24}},
         "required": ["profile", "hours"]}}},
     {"type": "function", "function": {"name": "status"}},
 )  # fmt: skip
+
+
+@pytest.fixture
+def unread_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generation stands still after a few events that nobody reads, so that it cannot end by itself."""
+    monkeypatch.setattr("ai_assistant.engines.scheduler.MAX_UNREAD", 8)
+
+
+def _endless(prompt: str) -> GenerateRequest:
+    """With log-probabilities every token is an event."""
+    return GenerateRequest(prompt=prompt, temperature=1.0, seed=2, max_tokens=450, logprobs=0)
 
 
 def _run(engine: LlamaEngine, **fields: Any) -> tuple[str, Finished, list[Event]]:
@@ -166,8 +178,9 @@ def test_stop_strings_end_the_answer_before_they_show(engine: LlamaEngine) -> No
     assert last.usage.completion_tokens < 60
 
 
+@pytest.mark.usefixtures("unread_stops")
 def test_cancelling_frees_the_slot_within_a_step(engine: LlamaEngine) -> None:
-    long = [engine.generate(GenerateRequest(prompt=f"run {n}", temperature=0.0, max_tokens=450)) for n in range(3)]
+    long = [engine.generate(_endless(f"run {n}")) for n in range(3)]
     for each in long:
         next(each)
     start = time.monotonic()
@@ -181,9 +194,11 @@ def test_cancelling_frees_the_slot_within_a_step(engine: LlamaEngine) -> None:
     assert list(long[0]) == []  # A finished iterator stays finished.
 
 
+@pytest.mark.usefixtures("unread_stops")
 def test_a_dropped_generation_is_cancelled(engine: LlamaEngine) -> None:
-    generation = engine.generate(GenerateRequest(prompt="forgotten", temperature=0.0, max_tokens=500))
+    generation = engine.generate(_endless("forgotten"))
     next(generation)
+    assert engine._scheduler.running == 1
     del generation
     gc.collect()
     deadline = time.monotonic() + 5
@@ -192,12 +207,17 @@ def test_a_dropped_generation_is_cancelled(engine: LlamaEngine) -> None:
     assert engine._scheduler.running == 0
 
 
+@pytest.mark.usefixtures("unread_stops")
 def test_more_than_the_queue_holds_is_busy(engine: LlamaEngine) -> None:
-    accepted = []
-    with pytest.raises(Busy):
+    accepted: list[LlamaGeneration] = []
+
+    def flood() -> None:
         for n in range(50):
-            accepted.append(engine.generate(GenerateRequest(prompt=f"load {n}", temperature=0.0, max_tokens=400)))
-    assert len(accepted) >= 3 + 4
+            accepted.append(engine.generate(_endless(f"load {n}")))
+
+    with pytest.raises(Busy):
+        flood()
+    assert len(accepted) == 3 + 4
     for each in accepted:
         each.cancel()
     for each in accepted:
@@ -324,7 +344,8 @@ def test_tools_that_may_be_called_do_not_disturb_text(engine: LlamaEngine) -> No
     [
         {"prompt": ""},
         {"prompt": "x", "response_schema": {"type": "potato"}},
-        {"prompt": "x", "tools": ({"type": "function", "function": {"name": "a", "parameters": {"not": {}}}},), "tool_choice": "a"},
+        {"prompt": "x", "tool_choice": "a",
+         "tools": ({"type": "function", "function": {"name": "a", "parameters": {"not": {}}}},)},
         {"messages": ({"role": "user", "content": [{"type": "image_url"}]},)},
         {"messages": ({"role": "user", "content": "x"},), "tools": _TOOLS, "tool_choice": "nobody"},
     ],
@@ -358,13 +379,11 @@ def test_embeddings(engine: LlamaEngine) -> None:
         engine.embed(["word " * 2000])
 
 
-def test_a_slow_reader_pauses_only_itself(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ai_assistant.engines import scheduler
-
-    monkeypatch.setattr(scheduler, "MAX_UNREAD", 16)
-    slow = engine.generate(GenerateRequest(prompt="slow", temperature=1.0, seed=1, max_tokens=300, logprobs=0))
+@pytest.mark.usefixtures("unread_stops")
+def test_a_slow_reader_pauses_only_itself(engine: LlamaEngine) -> None:
+    slow = engine.generate(_endless("slow"))
     time.sleep(0.3)
-    assert slow._task.events.qsize() <= 17
+    assert slow._task.events.qsize() <= 9
     assert _run(engine, prompt="quick", max_tokens=20)[1].usage.completion_tokens > 0
     end = list(slow)[-1]
     assert isinstance(end, Finished)
@@ -457,7 +476,7 @@ def test_mutated_models_are_survived(tmp_path: Path, tiny: Path) -> None:
 def test_nothing_leaks_over_many_requests(engine: LlamaEngine) -> None:
     def usage() -> tuple[int, int]:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return len(os.listdir("/proc/self/fd")), pages * 4096
+        return len(list(Path("/proc/self/fd").iterdir())), pages * 4096
 
     def requests(count: int) -> None:
         for n in range(count):
@@ -482,10 +501,10 @@ def test_nothing_leaks_over_many_requests(engine: LlamaEngine) -> None:
     assert memory_after - memory < 4 << 20
 
 
+@pytest.mark.usefixtures("unread_stops")
 def test_closing_ends_what_runs(tiny: Path) -> None:
     engine = LlamaEngine.open(tiny, LoadOptions(sequences=1, threads=1))
-    running = engine.generate(GenerateRequest(prompt="run", temperature=0.0, max_tokens=500))
-    waiting = engine.generate(GenerateRequest(prompt="wait", temperature=0.0, max_tokens=500))
+    running, waiting = engine.generate(_endless("run")), engine.generate(_endless("wait"))
     next(running)
     engine.close()
     for each in (running, waiting):

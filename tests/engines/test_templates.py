@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -45,7 +46,9 @@ def test_what_templates_use(source: str, expected: str) -> None:
 
 
 def test_messages_are_made_plain() -> None:
-    template = ChatTemplate("{% for m in messages %}{{ m.role }}:{{ m.content }}|{{ (m.tool_calls or 0) | tojson }};{% endfor %}")
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}|{{ (m.tool_calls or 0) | tojson }};{% endfor %}"
+    )
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     text = template.render(
         [
@@ -140,10 +143,10 @@ def test_bombs_go_off_in_nobodys_hands(source: str) -> None:
 )
 def test_what_the_sandbox_keeps_out(source: str) -> None:
     # Jinja prints an attribute that it keeps back as nothing, and fails on what would go on from there.
-    try:
-        assert ChatTemplate(source).render([_USER]) == ""
-    except InvalidModel as error:
-        assert error.message
+    text = ""
+    with contextlib.suppress(InvalidModel):
+        text = ChatTemplate(source).render([_USER])
+    assert text == ""
 
 
 def test_a_template_of_absurd_length() -> None:

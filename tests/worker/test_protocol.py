@@ -9,7 +9,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,6 @@ _INFO = {
 _REQUEST = GenerateRequest(prompt="x")
 _END = {"event": "finished", "reason": "stop", "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0,
         "queue_s": 0.0, "prefill_s": 0.1, "decode_s": 0.2, "energy_j": None}, "tool_calls": []}  # fmt: skip
-
-Worker = Callable[["Fake"], Awaitable[None]]
 
 
 class Fake:
@@ -95,8 +93,8 @@ async def _all(client: WorkerClient) -> list[Event]:
 
 async def test_a_generation_from_end_to_end() -> None:
     logprob = TokenLogprob("a", (97,), -0.5, (TokenLogprob("b", (98,), -1.0),))
-    sent = [Chunk("温"), Chunk("", (logprob,)), Finished(FinishReason.TOOL_CALLS, Usage(1, 2, 0, 0.1, 0.2, 0.3, 4.5),
-            (ToolCall("f", "{}"),))]  # fmt: skip
+    end = Finished(FinishReason.TOOL_CALLS, Usage(1, 2, 0, 0.1, 0.2, 0.3, 4.5), (ToolCall("f", "{}"),))
+    sent: list[Event] = [Chunk("温"), Chunk("", (logprob,)), end]
     async with _pair() as (client, fake):
         task = asyncio.create_task(_all(client))
         request = await fake.receive()
@@ -157,7 +155,8 @@ async def test_closing_the_generator_cancels() -> None:
 
 async def test_the_end_of_a_worker_ends_every_request() -> None:
     async with _pair() as (client, fake):
-        tasks = [asyncio.create_task(each) for each in (_all(client), _all(client), client.tokenize("x"), client.ping())]
+        calls: list[Coroutine[Any, Any, Any]] = [_all(client), _all(client), client.tokenize("x"), client.ping()]
+        tasks = [asyncio.create_task(each) for each in calls]
         for _ in tasks:
             await fake.receive()
         fake.close()
@@ -255,14 +254,17 @@ async def test_a_flood_is_joined_and_then_refused(monkeypatch: pytest.MonkeyPatc
         assert len(pending._items) < 200
         got = [await anext(events) for _ in range(len(pending._items))]
         assert "".join(each.text for each in got if isinstance(each, Chunk)) == "ab" * 999
+        flood = ({"id": number, "event": "chunk", "text": "x" * 1000} for _ in range(2000))
+        sender = asyncio.create_task(fake.send(*flood))
+        await asyncio.sleep(0.3)
         with pytest.raises(Busy):
-            sender = asyncio.create_task(
-                fake.send(*({"id": number, "event": "chunk", "text": "x" * 1000} for _ in range(2000)))
-            )
-            await asyncio.sleep(0.3)
-            async for _ in events:
-                pass
+            await _drain(events)
         await sender
+
+
+async def _drain(events: AsyncGenerator[Event]) -> None:
+    async for _ in events:
+        pass
 
 
 async def test_a_stalled_worker_does_not_collect_requests(monkeypatch: pytest.MonkeyPatch) -> None:

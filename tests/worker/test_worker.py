@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -117,12 +118,14 @@ async def test_a_killed_worker_is_an_error_to_the_caller(tiny: Path) -> None:
 
 
 async def test_models_that_are_none(tmp_path: Path, tiny: Path) -> None:
-    cut = tmp_path / "cut.gguf"
-    for content in (b"", b"GGUF", tiny.read_bytes()[:100_000]):
-        cut.write_bytes(content)
-        async with _worker(None) as (client, _):
-            with cut.open("rb") as file, pytest.raises(InvalidModel):
-                await client.load(file.fileno(), LoadOptions())
+    whole = await asyncio.to_thread(tiny.read_bytes)
+    for content in (b"", b"GGUF", whole[:100_000]):
+        with tempfile.TemporaryFile(dir=tmp_path) as file:
+            file.write(content)
+            file.flush()
+            async with _worker(None) as (client, _):
+                with pytest.raises(InvalidModel):
+                    await client.load(file.fileno(), LoadOptions())
 
 
 async def test_the_memory_limit_is_refused_with_numbers_and_enforced(tiny: Path) -> None:
@@ -131,7 +134,7 @@ async def test_the_memory_limit_is_refused_with_numbers_and_enforced(tiny: Path)
             await client.load(file.fileno(), LoadOptions(memory_limit_bytes=10 << 20))
     limit = 256 << 20
     async with _worker(tiny, LoadOptions(sequences=1, threads=1, memory_limit_bytes=limit)) as (_, process):
-        limits = Path(f"/proc/{process.pid}/limits").read_text().splitlines()
+        limits = _proc(process.pid, "limits").splitlines()
         data = next(line for line in limits if line.startswith("Max data size")).split()[3]
         core = next(line for line in limits if line.startswith("Max core file size")).split()[4]
         assert limit < int(data) < limit + (1 << 30)
@@ -141,7 +144,7 @@ async def test_the_memory_limit_is_refused_with_numbers_and_enforced(tiny: Path)
 async def test_a_daemon_that_does_not_read_costs_the_worker_nothing(tiny: Path) -> None:
     async with _worker(tiny, LoadOptions(sequences=4, threads=1)) as (client, process):
         def resident() -> int:
-            return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * 4096
+            return int(_proc(process.pid, "statm").split()[1]) * 4096
 
         await _text(client, _LONG)
         before = resident()
@@ -156,8 +159,13 @@ async def test_a_daemon_that_does_not_read_costs_the_worker_nothing(tiny: Path) 
         assert all(each[1].reason in (FinishReason.LENGTH, FinishReason.STOP) for each in ends)
 
 
+def _proc(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()
+
+
 def _answers(sock: socket.socket, count: int) -> list[dict[str, object]]:
-    reader, found = FrameReader(), []
+    reader = FrameReader()
+    found: list[dict[str, object]] = []
     sock.settimeout(20)
     while len(found) < count:
         data = sock.recv(1 << 16)
@@ -185,7 +193,7 @@ def test_nothing_is_done_before_a_model_is_loaded(tiny: Path) -> None:
             for number in range(50):
                 socket.send_fds(sock, [encode({"op": "ping", "id": number})], [file.fileno()] * 2)
             _answers(sock, 50)
-        assert len(os.listdir(f"/proc/{process.pid}/fd")) < 20
+        assert len(list(Path(f"/proc/{process.pid}/fd").iterdir())) < 20
         sock.shutdown(socket.SHUT_RDWR)
         assert process.wait(10) == 0
 
