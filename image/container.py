@@ -46,7 +46,9 @@ def image_path(profile: str = "developer") -> Path:
 
 def partition_offset(image: Path, label: str) -> int:
     """Byte offset of the partition whose label starts with `label`."""
-    table = json.loads(subprocess.run(["sfdisk", "-J", image], check=True, capture_output=True).stdout)["partitiontable"]
+    table = json.loads(subprocess.run(["sfdisk", "-J", image], check=True, capture_output=True).stdout)[
+        "partitiontable"
+    ]
     for each in table["partitions"]:
         if each.get("name", "").startswith(label):
             return int(each["start"]) * int(table.get("sectorsize", 512))
@@ -72,7 +74,7 @@ class Container:
         self.base = Path(tempfile.mkdtemp(prefix="appliance-", dir="/run"))
         self.root = self.base / "root"
         self.log = self.base / "console.log"
-        self.sockets = sockets or Path(tempfile.mkdtemp(prefix="ai-assistant-", dir="/tmp"))  # noqa: S108 the host sees /tmp
+        self.sockets = sockets or Path(tempfile.mkdtemp(prefix="ai-assistant-", dir="/tmp"))
         self.leader = 0
         self.boot_s = 0.0
         self._process: subprocess.Popen[bytes] | None = None
@@ -94,7 +96,9 @@ class Container:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def _mount_root(self) -> None:
@@ -105,8 +109,15 @@ class Container:
             folder.mkdir(parents=True)
         offset = partition_offset(self.image, "root_")
         _call("mount", "-t", "erofs", "-o", f"ro,loop,offset={offset}", self.image, lower)
-        _call("mount", "-t", "overlay", "overlay", "-o",
-              f"lowerdir={lower},upperdir={changes}/upper,workdir={changes}/work", self.root)  # fmt: skip
+        _call(
+            "mount",
+            "-t",
+            "overlay",
+            "overlay",
+            "-o",
+            f"lowerdir={lower},upperdir={changes}/upper,workdir={changes}/work",
+            self.root,
+        )
         # What the disk has and a container has not: its partitions.
         (self.root / "etc/fstab").write_text("")
         (self.root / "etc/crypttab").unlink(missing_ok=True)
@@ -138,11 +149,21 @@ class Container:
         if len(str(self.sockets / "dbus" / "system_bus_socket")) > SOCKET_PATH_MAX:
             raise ContainerError(f"{self.sockets} is too long for a socket's path; use a checkout nearer to /")
         command = [
-            "systemd-nspawn", "--boot", "--quiet", "--register=no", "--keep-unit", "--console=pipe", "--private-network",
-            "--notify-ready=yes", "--machine=ai-assistant", "--hostname=ai-assistant", f"--directory={self.root}",
-            f"--bind={self.sockets}/ai-assistant:/run/ai-assistant", f"--bind={self.sockets}/dbus:/run/dbus",
+            "systemd-nspawn",
+            "--boot",
+            "--quiet",
+            "--register=no",
+            "--keep-unit",
+            "--console=pipe",
+            "--private-network",
+            "--notify-ready=yes",
+            "--machine=ai-assistant",
+            "--hostname=ai-assistant",
+            f"--directory={self.root}",
+            f"--bind={self.sockets}/ai-assistant:/run/ai-assistant",
+            f"--bind={self.sockets}/dbus:/run/dbus",
             *(f"--bind-ro={source}:{target}" for source, target in self.binds),
-        ]  # fmt: skip
+        ]
         if self.var_size:
             command.append(f"--tmpfs=/var/lib/ai-assistant:size={self.var_size},mode=0755")
         notify = self.base / "notify"
@@ -152,11 +173,14 @@ class Container:
             started = time.monotonic()
             self._process = subprocess.Popen(
                 [*command, "--", "systemd.show_status=yes"],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
                 env=os.environ | {"NOTIFY_SOCKET": str(notify)},
                 # A new process joins the cgroup itself: later would be too late for nspawn.
                 preexec_fn=lambda: _join(self._cgroup),
-            )  # fmt: skip
+            )
             while True:
                 if self._process.poll() is not None:
                     raise ContainerError(f"systemd-nspawn ended with {self._process.returncode}\n{self.console()}")
@@ -175,19 +199,35 @@ class Container:
         """The host command that runs `arguments` inside."""
         inside = list(arguments) if user == "root" else ["runuser", "-u", user, "--", *arguments]
         return [
-            "nsenter", f"--target={self.leader}", "--all", "env", "-i",
-            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8",
-            f"TERM={os.environ.get('TERM', 'dumb')}", *inside,
-        ]  # fmt: skip
+            "nsenter",
+            f"--target={self.leader}",
+            "--all",
+            "env",
+            "-i",
+            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME=/root",
+            "LANG=C.UTF-8",
+            f"TERM={os.environ.get('TERM', 'dumb')}",
+            *inside,
+        ]
 
     def run(
-        self, *arguments: str, user: str = "root", check: bool = True, timeout_s: float = 120.0, stdin: str | None = None
+        self,
+        *arguments: str,
+        user: str = "root",
+        check: bool = True,
+        timeout_s: float = 120.0,
+        stdin: str = "",
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside and return what it printed; its failure is a ContainerError with its output."""
         done = subprocess.run(
-            self.command(*arguments, user=user), capture_output=True, text=True, timeout=timeout_s, input=stdin, check=False,
-            **({} if stdin is not None else {"stdin": subprocess.DEVNULL}),
-        )  # fmt: skip
+            self.command(*arguments, user=user),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            input=stdin,
+            check=False,
+        )
         if check and done.returncode != 0:
             raise ContainerError(f"{shlex.join(arguments)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
         return done
@@ -236,7 +276,7 @@ def _sockets() -> Iterator[Path]:
     """build/run, replaced if an earlier run was killed; somewhere shorter if the checkout lies too deep."""
     folder = CHECKOUT / "build" / "run"
     if len(str(folder)) > SOCKET_PATH_MAX - 30:
-        folder = Path(tempfile.mkdtemp(prefix="ai-assistant-", dir="/tmp"))  # noqa: S108 the host sees /tmp
+        folder = Path(tempfile.mkdtemp(prefix="ai-assistant-", dir="/tmp"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
@@ -248,7 +288,9 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="container", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="container", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("action", choices=("run", "shell", "exec"))
     parser.add_argument("--image", type=Path, default=image_path())
     parser.add_argument("--question", default=QUESTION)
@@ -257,9 +299,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _terminate)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     try:
-        with _sockets() as sockets, Container(
-            arguments.image, sockets=sockets, mount_checkout=arguments.action == "shell"
-        ) as box:  # fmt: skip
+        with (
+            _sockets() as sockets,
+            Container(arguments.image, sockets=sockets, mount_checkout=arguments.action == "shell") as box,
+        ):
             if arguments.action == "exec":
                 return subprocess.run(box.command(*arguments.command), check=False).returncode
             print(f"The appliance is up after {box.boot_s:.1f} s.", flush=True)

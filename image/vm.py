@@ -38,7 +38,7 @@ class VMError(Exception):
 
 @cache
 def accelerator() -> str:
-    """"kvm" when a guest really runs under it, else "tcg": the device may exist and still not work."""
+    """ "kvm" when a guest really runs under it, else "tcg": the device may exist and still not work."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
     with tempfile.NamedTemporaryFile(suffix=".img") as sector:
@@ -46,10 +46,26 @@ def accelerator() -> str:
         sector.flush()
         try:
             done = subprocess.run(
-                ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "64", "-display", "none", "-nodefaults",
-                 "-device", "isa-debug-exit,iobase=0xf4", "-drive", f"file={sector.name},format=raw"],
-                capture_output=True, timeout=20, check=False,
-            )  # fmt: skip
+                [
+                    "qemu-system-x86_64",
+                    "-accel",
+                    "kvm",
+                    "-cpu",
+                    "host",
+                    "-m",
+                    "64",
+                    "-display",
+                    "none",
+                    "-nodefaults",
+                    "-device",
+                    "isa-debug-exit,iobase=0xf4",
+                    "-drive",
+                    f"file={sector.name},format=raw",
+                ],
+                capture_output=True,
+                timeout=20,
+                check=False,
+            )
         except (subprocess.TimeoutExpired, OSError):
             return "tcg"
     return "kvm" if done.returncode == PROBE_STATUS else "tcg"
@@ -58,7 +74,9 @@ def accelerator() -> str:
 class VM:
     """A virtual machine on an overlay of the image; a context manager. The image itself never changes."""
 
-    def __init__(self, image: Path, *, memory_mib: int = 2048, disk_gib: int = 4, interactive: bool = False, cmdline: str = "") -> None:
+    def __init__(
+        self, image: Path, *, memory_mib: int = 2048, disk_gib: int = 4, interactive: bool = False, cmdline: str = ""
+    ) -> None:
         self.image = image
         self.memory_mib = memory_mib
         self.disk_gib = disk_gib
@@ -80,7 +98,9 @@ class VM:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -96,34 +116,66 @@ class VM:
         (self.base / "tpm").mkdir()
         self._processes.append(
             subprocess.Popen(
-                ["swtpm", "socket", "--tpm2", f"--tpmstate=dir={self.base}/tpm",
-                 f"--ctrl=type=unixio,path={self.base}/tpm.sock", "--flags=startup-clear"],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                [
+                    "swtpm",
+                    "socket",
+                    "--tpm2",
+                    f"--tpmstate=dir={self.base}/tpm",
+                    f"--ctrl=type=unixio,path={self.base}/tpm.sock",
+                    "--flags=startup-clear",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
             )
-        )  # fmt: skip
+        )
         self._wait_for(self.base / "tpm.sock")
         kvm = self.accelerator == "kvm"
         command = [
-            "qemu-system-x86_64", "-machine", "q35", "-m", str(self.memory_mib), "-smp", "2", "-no-reboot",
-            "-accel", "kvm" if kvm else "tcg,thread=multi,tb-size=1024", "-cpu", "host" if kvm else "max",
-            "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={FIRMWARE}/OVMF_CODE_4M.fd",
-            "-drive", f"if=pflash,format=raw,unit=1,file={self.base}/vars.fd",
-            "-drive", f"if=virtio,format=qcow2,cache=unsafe,discard=unmap,file={disk}",
-            "-chardev", f"socket,id=tpm,path={self.base}/tpm.sock", "-tpmdev", "emulator,id=tpm0,chardev=tpm",
-            "-uuid", str(uuid.uuid4()), "-device", "tpm-crb,tpmdev=tpm0", "-device", "virtio-rng-pci", "-nodefaults",
-            "-nic", "user,model=virtio-net-pci" + ("" if self.interactive else ",restrict=on"),
-            "-device", "virtio-serial", "-chardev", f"socket,id=agent,path={self.base}/agent.sock,server=on,wait=off",
-            "-device", f"virtserialport,chardev=agent,name={AGENT_PORT}",
-        ]  # fmt: skip
+            "qemu-system-x86_64",
+            "-machine",
+            "q35",
+            "-m",
+            str(self.memory_mib),
+            "-smp",
+            "2",
+            "-no-reboot",
+            "-accel",
+            "kvm" if kvm else "tcg,thread=multi,tb-size=1024",
+            "-cpu",
+            "host" if kvm else "max",
+            "-drive",
+            f"if=pflash,format=raw,unit=0,readonly=on,file={FIRMWARE}/OVMF_CODE_4M.fd",
+            "-drive",
+            f"if=pflash,format=raw,unit=1,file={self.base}/vars.fd",
+            "-drive",
+            f"if=virtio,format=qcow2,cache=unsafe,discard=unmap,file={disk}",
+            "-chardev",
+            f"socket,id=tpm,path={self.base}/tpm.sock",
+            "-tpmdev",
+            "emulator,id=tpm0,chardev=tpm",
+            "-uuid",
+            str(uuid.uuid4()),
+            "-device",
+            "tpm-crb,tpmdev=tpm0",
+            "-device",
+            "virtio-rng-pci",
+            "-nodefaults",
+            "-nic",
+            "user,model=virtio-net-pci" + ("" if self.interactive else ",restrict=on"),
+            "-device",
+            "virtio-serial",
+            "-chardev",
+            f"socket,id=agent,path={self.base}/agent.sock,server=on,wait=off",
+            "-device",
+            f"virtserialport,chardev=agent,name={AGENT_PORT}",
+        ]
         if self.cmdline:  # the boot stub appends it, while Secure Boot is off
             command += ["-smbios", f"type=11,value=io.systemd.stub.kernel-cmdline-extra={self.cmdline}"]
         if self.interactive:
             command += ["-display", "none", "-serial", "mon:stdio"]
         else:
             command += ["-display", "none", "-serial", f"file:{self.serial_log}"]
-        self._processes.append(
-            subprocess.Popen(command, stdin=None if self.interactive else subprocess.DEVNULL)
-        )
+        self._processes.append(subprocess.Popen(command, stdin=None if self.interactive else subprocess.DEVNULL))
         if not self.interactive:
             self._wait_for(self.base / "agent.sock")
 

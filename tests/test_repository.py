@@ -13,8 +13,15 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 LINKED = ("daemon", "hal", "models", "power", "provisioning", "tee")
 HEADINGS = ("Purpose", "Contract", "Data flow", "How to add one", "Privileges", "How it is tested")
 ROOMS = (
-    *LINKED, "ai_assistant", "ai_assistant/engines", "ai_assistant/optimizer", "ai_assistant/cli", "bench", "image", "tests",
-)  # fmt: skip
+    *LINKED,
+    "ai_assistant",
+    "ai_assistant/engines",
+    "ai_assistant/optimizer",
+    "ai_assistant/cli",
+    "bench",
+    "image",
+    "tests",
+)
 
 # What a person who unpacks the source and imports it must find: one class, not two.
 IDENTITY = """
@@ -48,8 +55,13 @@ def test_the_map_of_rooms_in_the_readme_names_every_room() -> None:
 
 def _import_from(tree: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", IDENTITY], cwd=tree, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(tree)}
-    )  # fmt: skip
+        [sys.executable, "-c", IDENTITY],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(tree)},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -75,8 +87,10 @@ def test_import_identity_from_an_archive(tmp_path: Path) -> None:
 def test_import_identity_from_an_sdist(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, CHECKOUT],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (sdist,) = tmp_path.glob("*.tar.gz")
     _unpack(sdist, tmp_path / "source")

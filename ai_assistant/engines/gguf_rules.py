@@ -236,9 +236,7 @@ def _integer(model: Gguf, key: str, *, default: int | None = None, low: int = 1,
     return value
 
 
-def _per_layer(
-    model: Gguf, key: str, layers: int, *, required: bool = False, high: int = 1 << 20
-) -> tuple[int, ...]:
+def _per_layer(model: Gguf, key: str, layers: int, *, required: bool = False, high: int = 1 << 20) -> tuple[int, ...]:
     """A value that may be one number or one per layer; () when it is missing."""
     value = model.of_model(key)
     if value is None:

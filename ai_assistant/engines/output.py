@@ -124,5 +124,3 @@ class AutoCalls:
     @property
     def complete(self) -> bool:
         return False
-
-

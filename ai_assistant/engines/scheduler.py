@@ -142,9 +142,7 @@ class Scheduler:
                 raise self._broken or Cancelled("the model is being unloaded")
             free = sum(each.task is None for each in self._slots)
             if len(self._waiting) >= self._max_queued + free:
-                raise Busy(
-                    f"{len(self._slots)} generations run and {len(self._waiting)} wait", hint="try again later"
-                )
+                raise Busy(f"{len(self._slots)} generations run and {len(self._waiting)} wait", hint="try again later")
             self._waiting.append(task)
             self._wake.notify()
 

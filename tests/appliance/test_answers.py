@@ -24,10 +24,13 @@ whole = client.chat.completions.create(
     model="{MODEL}", messages=[{{"role": "user", "content": "how warm is it?"}}], temperature=0, max_tokens=40)
 assert whole.choices[0].message.content and whole.usage.completion_tokens > 0, whole
 pieces = list(client.chat.completions.create(
-    model="{MODEL}", messages=[{{"role": "user", "content": "how warm is it?"}}], temperature=0, max_tokens=40, stream=True))
+    model="{MODEL}", messages=[{{"role": "user", "content": "how warm is it?"}}], temperature=0, max_tokens=40,
+    stream=True))
 streamed = "".join(each.choices[0].delta.content or "" for each in pieces if each.choices)
 assert streamed == whole.choices[0].message.content, (streamed, whole)
-schema = {{"type": "object", "properties": {{"sure": {{"type": "boolean"}}}}, "required": ["sure"], "additionalProperties": False}}
+schema = {{
+    "type": "object", "properties": {{"sure": {{"type": "boolean"}}}}, "required": ["sure"],
+    "additionalProperties": False}}
 shaped = client.chat.completions.create(
     model="{MODEL}", messages=[{{"role": "user", "content": "are you sure?"}}], max_tokens=40,
     response_format={{"type": "json_schema", "json_schema": {{"name": "sure", "schema": schema}}}})
@@ -62,10 +65,26 @@ def test_busctl_shows_the_tree(appliance: Container) -> None:
 
 def test_busctl_generates(appliance: Container) -> None:
     answer = appliance.run(
-        "busctl", "call", "--json=short", "--timeout=60", "org.ai_assistant1", "/org/ai_assistant1",
-        "org.ai_assistant1.Inference", "Generate", "ssa{sv}", MODEL, "how warm is it?",
-        "2", "max_tokens", "i", "40", "temperature", "d", "0", user="developer",
-    ).stdout  # fmt: skip
+        "busctl",
+        "call",
+        "--json=short",
+        "--timeout=60",
+        "org.ai_assistant1",
+        "/org/ai_assistant1",
+        "org.ai_assistant1.Inference",
+        "Generate",
+        "ssa{sv}",
+        MODEL,
+        "how warm is it?",
+        "2",
+        "max_tokens",
+        "i",
+        "40",
+        "temperature",
+        "d",
+        "0",
+        user="developer",
+    ).stdout
     text, usage = json.loads(answer)["data"]
     assert text.strip()
     assert usage["completion_tokens"]["data"] > 0
@@ -74,26 +93,44 @@ def test_busctl_generates(appliance: Container) -> None:
 def test_curl_on_the_socket(appliance: Container) -> None:
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "how warm is it?"}], "max_tokens": 40})
     answer = appliance.run(
-        "curl", "--silent", "--fail-with-body", "--unix-socket", "/run/ai-assistant/api.sock", "--json", body,
-        "http://localhost/v1/chat/completions", user="developer",
-    ).stdout  # fmt: skip
+        "curl",
+        "--silent",
+        "--fail-with-body",
+        "--unix-socket",
+        "/run/ai-assistant/api.sock",
+        "--json",
+        body,
+        "http://localhost/v1/chat/completions",
+        user="developer",
+    ).stdout
     assert json.loads(answer)["choices"][0]["message"]["content"]
 
 
 def test_curl_from_the_host(appliance: Container) -> None:
     done = subprocess.run(
         ["curl", "--silent", "--fail", "--unix-socket", appliance.api_socket, "http://localhost/health"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert json.loads(done.stdout)["status"] == "ok"
 
 
 def test_the_bus_from_the_host(appliance: Container) -> None:
     done = subprocess.run(
-        ["busctl", f"--address={appliance.bus_address}", "get-property", "org.ai_assistant1", "/org/ai_assistant1",
-         "org.ai_assistant1.Manager", "State"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            "busctl",
+            f"--address={appliance.bus_address}",
+            "get-property",
+            "org.ai_assistant1",
+            "/org/ai_assistant1",
+            "org.ai_assistant1.Manager",
+            "State",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == 's "running"'
 
 
@@ -107,7 +144,11 @@ def test_the_sdk(appliance: Container) -> None:
 
 @pytest.mark.parametrize(
     ("question", "words"),
-    [("how much memory is free?", ("memory", "B")), ("还有多少磁盘空间？", ("磁盘", "B")), ("which models are there?", (MODEL,))],
+    [
+        ("how much memory is free?", ("memory", "B")),
+        ("还有多少磁盘空间？", ("磁盘", "B")),
+        ("which models are there?", (MODEL,)),
+    ],
 )
 def test_ask_performs_the_action_over_the_bus(appliance: Container, question: str, words: tuple[str, ...]) -> None:
     answer = appliance.run("ai-assistant", "ask", question, user="developer").stdout
@@ -123,7 +164,9 @@ def test_ask_does_not_change_the_system_without_a_yes(appliance: Container) -> N
 
 
 def test_ask_refuses_what_is_not_its_business(appliance: Container) -> None:
-    refused = appliance.run("ai-assistant", "ask", "who won the football world cup in 1998?", user="developer", check=False)
+    refused = appliance.run(
+        "ai-assistant", "ask", "who won the football world cup in 1998?", user="developer", check=False
+    )
     assert refused.returncode != 0
     assert refused.stderr.strip()
 

@@ -11,9 +11,23 @@ from image.container import Container
 pytestmark = pytest.mark.appliance
 
 TOOLS = (
-    "gcc", "g++", "cmake", "ninja", "git", "gdb", "strace", "perf", "tmux", "vim", "jq", "busctl", "iasl", "python3-config",
-    "ai-assistant", "ai_assistant",
-)  # fmt: skip
+    "gcc",
+    "g++",
+    "cmake",
+    "ninja",
+    "git",
+    "gdb",
+    "strace",
+    "perf",
+    "tmux",
+    "vim",
+    "jq",
+    "busctl",
+    "iasl",
+    "python3-config",
+    "ai-assistant",
+    "ai_assistant",
+)
 EXPOSURE_MAX = 2.0
 
 
@@ -24,9 +38,15 @@ def test_nothing_failed(appliance: Container) -> None:
 
 def test_the_journal_has_no_warnings_of_ours(appliance: Container) -> None:
     ours = appliance.run(
-        "journalctl", "--boot", "--priority=warning", "--no-pager", "--output=cat", "--unit=ai-assistant*", "--grep=."
-        , check=False
-    ).stdout  # fmt: skip
+        "journalctl",
+        "--boot",
+        "--priority=warning",
+        "--no-pager",
+        "--output=cat",
+        "--unit=ai-assistant*",
+        "--grep=.",
+        check=False,
+    ).stdout
     assert ours == ""
 
 
@@ -60,9 +80,11 @@ def test_the_toolchain_is_there(appliance: Container) -> None:
 def test_a_c_extension_compiles(appliance: Container) -> None:
     source = "#include <Python.h>\nint main(void) { Py_Initialize(); return Py_FinalizeEx(); }"
     appliance.run(
-        "sh", "-c", "cat >/tmp/a.c && cc /tmp/a.c $(python3-config --includes --ldflags --embed) -o /tmp/a.out && /tmp/a.out",
+        "sh",
+        "-c",
+        "cat >/tmp/a.c && cc /tmp/a.c $(python3-config --includes --ldflags --embed) -o /tmp/a.out && /tmp/a.out",
         stdin=source,
-    )  # fmt: skip
+    )
 
 
 def test_the_developer_logs_in_without_a_password_and_the_banner_says_so(appliance: Container) -> None:
@@ -80,7 +102,9 @@ def test_the_product_is_compiled(appliance: Container) -> None:
 
 
 def test_the_engine_picks_a_variant_for_this_processor(appliance: Container) -> None:
-    variants = appliance.run("sh", "-c", "ls /usr/lib/ai-assistant/python/llama_cpp/lib/libggml-cpu-*.so").stdout.split()
+    variants = appliance.run(
+        "sh", "-c", "ls /usr/lib/ai-assistant/python/llama_cpp/lib/libggml-cpu-*.so"
+    ).stdout.split()
     assert len(variants) >= 10
     appliance.run("ai-assistant", "ask", "how much memory is free?")
     worker = appliance.run("pgrep", "-f", "ai_assistant.daemon.worker").stdout.split()[0]

@@ -523,5 +523,3 @@ def test_without_the_library_the_error_says_what_to_install(tiny: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])},
     )  # fmt: skip
     assert "ai-assistant[local]" in done.stdout, done.stderr
-
-

@@ -16,9 +16,7 @@ _USER = {"role": "user", "content": "hi"}
 
 def test_the_fallback_is_chatml() -> None:
     text = ChatTemplate("").render([{"role": "system", "content": "Be brief."}, _USER])
-    assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize(

@@ -227,9 +227,7 @@ def write_half_billion(path: Path, *, kind: str = "Q4_0", context: int = 2048, v
     )  # fmt: skip
 
 
-def _write_tensor(
-    out: BinaryIO, rng: random.Random, name: str, shape: Sequence[int], kind: str, scale: float
-) -> None:
+def _write_tensor(out: BinaryIO, rng: random.Random, name: str, shape: Sequence[int], kind: str, scale: float) -> None:
     size = tensor_bytes(shape, kind)
     if name.endswith("norm.weight"):
         data = struct.pack("<f", 1.0) * shape[0]

@@ -58,6 +58,16 @@ def test_there_is_a_tpm_and_the_boot_was_measured(machine: VM) -> None:
 
 
 def test_the_journal_has_no_warnings_of_ours(machine: VM) -> None:
-    assert machine.run(
-        "journalctl", "--boot", "--priority=warning", "--output=cat", "--no-pager", "--unit=ai-assistant*", "--grep=.", check=False
-    ) == ""  # fmt: skip
+    assert (
+        machine.run(
+            "journalctl",
+            "--boot",
+            "--priority=warning",
+            "--output=cat",
+            "--no-pager",
+            "--unit=ai-assistant*",
+            "--grep=.",
+            check=False,
+        )
+        == ""
+    )

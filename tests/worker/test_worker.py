@@ -143,6 +143,7 @@ async def test_the_memory_limit_is_refused_with_numbers_and_enforced(tiny: Path)
 
 async def test_a_daemon_that_does_not_read_costs_the_worker_nothing(tiny: Path) -> None:
     async with _worker(tiny, LoadOptions(sequences=4, threads=1)) as (client, process):
+
         def resident() -> int:
             return int(_proc(process.pid, "statm").split()[1]) * 4096
 
