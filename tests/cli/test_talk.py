@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -193,6 +194,8 @@ class Terminal:
     def __init__(self, *args: str, **environment: str) -> None:
         self.master, slave = pty.openpty()
         self.seen = ""
+        # A read may end within a character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.process = subprocess.Popen(
             [*PROGRAM, *args], stdin=slave, stdout=slave, stderr=slave, cwd=CHECKOUT, start_new_session=True,
             env={**os.environ, "TERM": "xterm", **environment}, preexec_fn=_control,
@@ -210,7 +213,7 @@ class Terminal:
             except OSError:
                 piece = b""
             assert piece, f"it ended; this had come: {self.seen!r}"
-            self.seen += piece.decode(errors="replace")
+            self.seen += self._decoder.decode(piece)
         text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return text
 
