@@ -10,6 +10,7 @@ from typing import Any
 
 from ai_assistant.actions.bus import Bus, BusFailure
 from ai_assistant.actions.catalogue import ACTIONS, BY_NAME, CLOCK, MANAGER, NONE, Action, Effect
+from ai_assistant.actions.caution import forbidden
 from ai_assistant.actions.confidence import confidence, sure
 from ai_assistant.actions.perform import perform_action
 from ai_assistant.actions.text import UNKNOWN, Marked, is_chinese, mark
@@ -70,7 +71,7 @@ class Asker:
             raise _out_of_scope(chinese)
         action = BY_NAME[name]
         changes = action.effect is Effect.CHANGE
-        if not sure(certainty, changes=changes):
+        if not sure(certainty, changes=changes) or (changes and forbidden(name, asked.text)):
             other, _, _ = await self._answer(asked, without=frozenset({name}))
             raise _torn(action, BY_NAME.get(other), chinese)
         for parameter in action.parameters:

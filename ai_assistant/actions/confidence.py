@@ -5,8 +5,9 @@ say: it falls both when two actions are alike and when the grammar had to forbid
 The recipe makes the beginning of a call one token, so this is the probability of the action times that
 of its argument.
 
-The thresholds were chosen on models/eval/dev.jsonl and confirmed on models/eval/test.jsonl, see
-models/MODEL_CARD.md. Changing something by mistake costs more than asking again, so it takes more.
+The thresholds were chosen on models/eval/dev.jsonl, where no answer above them is wrong; models/MODEL_CARD.md
+has what they do to questions that were never looked at. Changing something by mistake costs more than
+asking again, so it takes more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 from collections.abc import Iterable
 
 READ_THRESHOLD = 0.80
-CHANGE_THRESHOLD = 0.95
+CHANGE_THRESHOLD = 0.85
 
 
 def confidence(logprobs: Iterable[float]) -> float:

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ai_assistant.actions.catalogue import BY_NAME, NONE, Effect
+from ai_assistant.actions.caution import forbidden
 from ai_assistant.actions.confidence import sure
 from ai_assistant.actions.text import UNKNOWN, Marked, mark
 
+SETS = ("dev", "test", "hard")
+"""dev: thresholds and phrases were chosen with it; test: plain questions; hard: idioms, allusions and traps."""
 EVAL = Path(__file__).parents[1] / "eval"
 LIVE: Mapping[str, tuple[str, ...]] = {
     "model": ("assistant:1", "gemma-3-270m:q4", "mini-chat:2", "qwen2.5-0.5b:1"),
@@ -41,7 +44,7 @@ Predict = Callable[[Marked], Answer]
 
 
 def read_cases(name: str) -> list[Case]:
-    """`name`: "dev" (thresholds and phrases were chosen with it) or "test" (only ever measured)."""
+    """One of `SETS`."""
     lines = (EVAL / f"{name}.jsonl").read_text("utf-8").splitlines()
     return [Case(**json.loads(line)) for line in lines if line.strip()]
 
@@ -50,11 +53,15 @@ def marked(case: Case) -> Marked:
     return mark(case.text, LIVE)
 
 
-def refused(answer: Answer) -> bool:
-    """Whether the product would decline to act: no action fits, not sure enough, or a name that does not exist."""
+def refused(answer: Answer, text: str) -> bool:
+    """Whether the product would decline to act on this answer to a normalised question, as `Asker` does.
+
+    No action fits, it is not sure enough, a name does not exist, or the words forbid a change.
+    """
     if answer.action == NONE or UNKNOWN in answer.arguments.values():
         return True
-    return not sure(answer.confidence, changes=BY_NAME[answer.action].effect is Effect.CHANGE)
+    changes = BY_NAME[answer.action].effect is Effect.CHANGE
+    return not sure(answer.confidence, changes=changes) or (changes and forbidden(answer.action, text))
 
 
 @dataclass(slots=True)
@@ -109,8 +116,9 @@ class Score:
 def score(cases: Iterable[Case], predict: Predict) -> Score:
     total = Score()
     for case in cases:
-        answer = predict(marked(case))
-        total.add(case, answer, declined=refused(answer))
+        question = marked(case)
+        answer = predict(question)
+        total.add(case, answer, declined=refused(answer, question.text))
     return total
 
 

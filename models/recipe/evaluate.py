@@ -15,7 +15,7 @@ import torch
 
 from ai_assistant.actions.catalogue import ACTIONS, NONE
 from ai_assistant.actions.text import Marked
-from ai_assistant.models.recipe.cases import Answer, Score, read_cases, score, with_names
+from ai_assistant.models.recipe.cases import SETS, Answer, Score, read_cases, score, with_names
 from ai_assistant.models.recipe.network import Network, Shape
 from ai_assistant.models.recipe.tokenizer import load_tokenizer, prompt_ids
 
@@ -81,10 +81,10 @@ class TorchPredictor:
 
 
 def evaluate(work: Path) -> dict[str, Score]:
-    """Print and return the scores of both sets."""
+    """Print and return the scores of all sets."""
     torch.set_num_threads(1)
     predict = TorchPredictor(*load_network(work))
-    scores = {name: score(read_cases(name), predict) for name in ("dev", "test")}
+    scores = {name: score(read_cases(name), predict) for name in SETS}
     for name, each in scores.items():
         print(f"evaluate: {name} {json.dumps(each.summary())}")
     # Only the development set's mistakes are shown: phrases must not be fitted to the test set.

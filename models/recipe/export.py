@@ -105,14 +105,14 @@ def write_parity(work: Path, target: Path) -> None:
     One JSON object a line: the question as the model gets it, the prompt's tokens, and the log-probability
     of the token that begins each of the three likeliest calls.
     """
-    from ai_assistant.models.recipe.cases import marked, read_cases
+    from ai_assistant.models.recipe.cases import SETS, marked, read_cases
     from ai_assistant.models.recipe.evaluate import TorchPredictor
     from ai_assistant.models.recipe.tokenizer import prompt_ids
 
     network, tokenizer = load_network(work)
     predict = TorchPredictor(network, tokenizer)
     lines: list[str] = []
-    for case in (*read_cases("dev"), *read_cases("test")):
+    for case in [each for name in SETS for each in read_cases(name)]:
         text = marked(case).text
         likeliest = sorted(predict.heads(text).items(), key=lambda each: -each[1])[:3]
         lines.append(json.dumps({

@@ -9,7 +9,7 @@ COLUMNS = ("questions", "accuracy", "refused_in_scope", "refused_out_of_scope", 
 
 
 def claims(name: str) -> dict[str, float]:
-    """The row of one set (`dev` or `test`); shares are 0 to 1.
+    """The row of one set (dev, test or hard); shares are 0 to 1.
 
     Raises:
         AssertionError: the card has no such row.

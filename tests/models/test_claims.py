@@ -12,7 +12,7 @@ import pytest
 from ai_assistant.actions.catalogue import NONE
 from ai_assistant.engines.contract import Engine
 from ai_assistant.errors import InvalidArgument, Unsure
-from ai_assistant.models.recipe.cases import Answer, Score, read_cases
+from ai_assistant.models.recipe.cases import SETS, Answer, Score, read_cases
 from tests.models.card import claims
 from tests.models.world import asker, engine
 
@@ -38,7 +38,7 @@ async def measured(loaded: Engine, name: str) -> Score:
     return score
 
 
-@pytest.mark.parametrize("name", ["dev", "test"])
+@pytest.mark.parametrize("name", SETS)
 def test_the_figures_of_the_card_hold(loaded: Engine, name: str) -> None:
     summary = asyncio.run(measured(loaded, name)).summary()
     print(name, json.dumps(summary))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ai_assistant.engines.contract import Chunk, Engine, GenerateRequest
-from ai_assistant.models.recipe.cases import marked, read_cases
+from ai_assistant.models.recipe.cases import SETS, marked, read_cases
 from tests.models.world import MODEL, engine
 
 pytestmark = pytest.mark.engine
@@ -29,9 +29,7 @@ def expected() -> list[dict[str, Any]]:
 
 
 def test_every_hand_written_question_is_in_the_parity_file(expected: list[dict[str, Any]]) -> None:
-    assert [each["text"] for each in expected] == [
-        marked(one).text for one in (*read_cases("dev"), *read_cases("test"))
-    ]
+    assert [each["text"] for each in expected] == [marked(one).text for name in SETS for one in read_cases(name)]
 
 
 def test_llama_cpp_splits_every_question_as_the_tokenizer_of_the_training_did(

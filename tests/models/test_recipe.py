@@ -12,7 +12,7 @@ import pytest
 
 from ai_assistant.actions.catalogue import ACTIONS, BY_NAME, NONE
 from ai_assistant.actions.text import UNKNOWN, normalise
-from ai_assistant.models.recipe.cases import LIVE, Answer, Case, Score, marked, read_cases, refused
+from ai_assistant.models.recipe.cases import LIVE, SETS, Answer, Case, Score, marked, read_cases, refused
 from ai_assistant.models.recipe.data import Generator, sections, target
 from ai_assistant.models.recipe.phrases import FOLDER, Expander, parse, read_sections, read_slots
 
@@ -94,7 +94,7 @@ def test_a_named_model_is_in_the_sentence(samples: list[tuple[str, dict[str, obj
 
 
 def test_no_held_out_question_is_trained_on(samples: list[tuple[str, dict[str, object]]]) -> None:
-    questions = {normalise(each.text) for name in ("dev", "test") for each in read_cases(name)}
+    questions = {normalise(each.text) for name in SETS for each in read_cases(name)}
     assert not questions & {normalise(text) for text, _ in samples}
 
 
@@ -119,7 +119,7 @@ def test_the_test_set_is_large_and_broad() -> None:
 
 
 def test_the_wanted_answers_exist() -> None:
-    for case in (*read_cases("dev"), *read_cases("test")):
+    for case in (one for name in SETS for one in read_cases(name)):
         for parameter in BY_NAME[case.action].parameters if case.action != NONE else ():
             assert case.arguments[parameter.name] in (*parameter.values, *LIVE.get(parameter.live, ()), UNKNOWN)
         for kind in ("model", "zone"):
@@ -138,7 +138,7 @@ def test_scores_tell_wrong_from_refused() -> None:
         (other, Answer(NONE, {}, 0.5)),
         (other, Answer("disk", {}, 0.99)),
     ):
-        score.add(case, answer, declined=refused(answer))
+        score.add(case, answer, declined=refused(answer, case.text))
     assert score.summary() == {
         "questions": 5, "accuracy": 0.3333, "refused_in_scope": 0.3333, "refused_out_of_scope": 0.5, "wrong": 0.4,
         "wrong_changes": 1,
@@ -146,6 +146,7 @@ def test_scores_tell_wrong_from_refused() -> None:
 
 
 def test_a_change_needs_more_certainty_and_a_name_that_exists() -> None:
-    assert not refused(Answer("disk", {}, 0.9))
-    assert refused(Answer("reboot", {}, 0.9))
-    assert refused(Answer("load_model", {"model": UNKNOWN}, 1.0))
+    assert not refused(Answer("disk", {}, 0.82), "disk")
+    assert refused(Answer("reboot", {}, 0.82), "reboot")
+    assert refused(Answer("load_model", {"model": UNKNOWN}, 1.0), "load it")
+    assert refused(Answer("reboot", {}, 1.0), "do not reboot")
