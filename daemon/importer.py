@@ -53,6 +53,7 @@ class Source:
 
 def check_space(directory: Path, needed: int, reserve: int) -> None:
     """Raises NoSpace, with the numbers, when `needed` bytes would not leave `reserve` free."""
+    directory.mkdir(parents=True, exist_ok=True)  # another disk may have been mounted over the state
     free = shutil.disk_usage(directory).free
     if needed + reserve > free:
         raise NoSpace(

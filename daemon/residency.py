@@ -27,6 +27,8 @@ from ai_assistant.errors import AIAssistantError, Busy, InternalError, NoSuchMod
 log = logging.getLogger(__name__)
 
 _STABLE_S = 60.0
+# A restart that comes this soon is waited for; a longer back-off is the error it is.
+_PATIENCE_S = 1.5
 """A worker that lived so long is not the same trouble as the crash before."""
 
 
@@ -190,6 +192,9 @@ class Residency:
                 raise NoSuchModel(f"the model {slot.entry.name} was removed")
             if slot.load is None:
                 wait = slot.retry_at - self._now()
+                if 0 < wait <= _PATIENCE_S:
+                    await asyncio.sleep(wait)
+                    return await self._loaded(slot)
                 if wait > 0:
                     raise WorkerCrashed(
                         f"the worker of {slot.entry.name} crashed and is being restarted",
