@@ -238,7 +238,7 @@ async def test_crash_back_off_and_restart(lab: Lab, config: Config, entries: dic
 
 
 async def test_a_long_back_off_is_an_error(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
-    residency = make(lab, dataclasses.replace(config, worker_restart_first_s=10.0))
+    residency = make(lab, dataclasses.replace(config, worker_restart_first_s=10.0, worker_restart_longest_s=10.0))
     await ask(residency, entries["a"])
     lab.workers[0].crash()
     await asyncio.sleep(0.05)
