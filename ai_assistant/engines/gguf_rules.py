@@ -177,6 +177,11 @@ def context_of(model: Gguf, options: LoadOptions) -> int:
     return context
 
 
+def cells_per_sequence(context_length: int) -> int:
+    """Cache cells for a sequence: the library rounds up to 256."""
+    return -(-context_length // 256) * 256
+
+
 def estimate_memory_bytes(model: Gguf, options: LoadOptions | None = None) -> int:
     """What a worker with this model needs at most, in bytes: weights, KV cache and compute buffers.
 
@@ -194,7 +199,7 @@ def kv_bytes(model: Gguf, options: LoadOptions) -> int:
     kv_heads = _per_layer(model, "attention.head_count_kv", layers) or heads
     key = _integer(model, "attention.key_length", default=_head_width(model, width, heads), low=0)
     value = _integer(model, "attention.value_length", default=_head_width(model, width, heads), low=0)
-    cells = -(-context_of(model, options) * options.sequences // 256) * 256
+    cells = cells_per_sequence(context_of(model, options)) * options.sequences
     total = sum(kv_heads) * (key + value) * 2 * cells
     state = _integer(model, "ssm.state_size", default=0, low=0) * _integer(model, "ssm.inner_size", default=0, low=0)
     return total + state * 4 * layers * options.sequences

@@ -25,6 +25,9 @@ from ai_assistant.errors import AIAssistantError, Busy, Cancelled, InternalError
 MAX_UNREAD = 4096
 """Events that a slow reader may leave behind before its sequence waits for it."""
 
+_WORTH_KEEPING = 16
+"""Tokens of a shared prefix below which a slot is as good as any other."""
+
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
@@ -221,8 +224,7 @@ class Scheduler:
                 break
             with self._wake:
                 self._waiting.popleft()
-            # The longest shared prefix, then the slot that was idle longest.
-            self._start(max(free, key=lambda each: (each.common(task.prompt), -each.used)), task)
+            self._start(max(free, key=lambda each: self._fitness(each, task.prompt)), task)
         if len(self._waiting) and any(each.cancelled for each in self._waiting):
             self._drop_cancelled()
 
@@ -232,6 +234,14 @@ class Scheduler:
             self._waiting = deque(each for each in self._waiting if not each.cancelled)
         for task in gone:
             task.fail(Cancelled("the generation was cancelled"))
+
+    def _fitness(self, slot: _Slot, prompt: Tokens) -> tuple[int, bool, float]:
+        """Which free slot a prompt goes to: the one with the longest shared prefix, if that is worth keeping;
+        then one beside a running sequence, since the library decodes neighbours in one pass; then the one
+        that was idle longest."""
+        common = slot.common(prompt)
+        beside = any(each.task is not None and abs(each.id - slot.id) == 1 for each in self._slots)
+        return common if common >= _WORTH_KEEPING else 0, beside, -slot.used
 
     def _start(self, slot: _Slot, task: Task) -> None:
         # At least one token must be decoded to have logits to sample from.
