@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from ai_assistant.errors import InvalidArgument
 
@@ -223,6 +223,18 @@ class Generation(Iterator[Event], Protocol):
 
     def cancel(self) -> None:
         """Stop within one decode step and free the slot; iteration then raises `Cancelled`."""
+
+
+@runtime_checkable
+class PacedGeneration(Protocol):
+    """A generation whose events can also be taken several at a time."""
+
+    def gather(self, pace_s: float) -> list[Event]:
+        """All events that are there, at least one; [] after the last.
+
+        Waits until `pace_s` have passed since the previous call returned, unless the generation ends
+        before. Raises what iterating would raise.
+        """
 
 
 class Engine(Protocol):

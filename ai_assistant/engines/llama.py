@@ -269,6 +269,8 @@ class LlamaGeneration:
         self._task = task
         self._scheduler = scheduler
         self._done = False
+        self._failure: AIAssistantError | None = None
+        self._gathered = 0.0
 
     def __iter__(self) -> LlamaGeneration:
         return self
@@ -286,6 +288,25 @@ class LlamaGeneration:
         if isinstance(item, Finished):
             self._done = True
         return item
+
+    def gather(self, pace_s: float) -> list[Event]:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if self._done:
+            return []
+        wait = self._gathered + pace_s - time.monotonic()
+        if wait > 0:
+            # Nobody waits at the queue meanwhile, so decoding is not disturbed by waking this thread.
+            self._task.ended.wait(wait)
+        events = [next(self)]
+        while not self._done and not self._task.events.empty():
+            try:
+                events.append(next(self))
+            except AIAssistantError as error:
+                self._failure = error
+        self._gathered = time.monotonic()
+        return events
 
     def cancel(self) -> None:
         if not self._done:

@@ -35,7 +35,7 @@ class Task:
     """A generation from the scheduler's side. `events` carries Event values and, last, perhaps an error."""
 
     __slots__ = (
-        "cached", "cancelled", "events", "first", "last_token", "limit", "output", "paused", "produced", "prompt",
+        "cached", "cancelled", "ended", "events", "first", "last_token", "limit", "output", "paused", "produced", "prompt",
         "sampler", "started", "submitted", "top",
     )  # fmt: skip
 
@@ -46,6 +46,7 @@ class Task:
         self.output = output
         self.top = top
         self.events: queue.SimpleQueue[Event | AIAssistantError] = queue.SimpleQueue()
+        self.ended = threading.Event()
         self.cancelled = False
         self.paused = False
         self.produced = 0
@@ -68,11 +69,13 @@ class Task:
             queue_s=self.started - self.submitted, prefill_s=first - self.started, decode_s=now - first,
         )  # fmt: skip
         self.events.put(Finished(reason, usage, calls))
+        self.ended.set()
         self.sampler.close()
 
     def fail(self, error: AIAssistantError) -> None:
         self.sampler.close()
         self.events.put(error)
+        self.ended.set()
 
 
 class _Slot:

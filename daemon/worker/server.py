@@ -27,6 +27,7 @@ from ai_assistant.engines.contract import (
     GenerateRequest,
     Generation,
     LoadOptions,
+    PacedGeneration,
     event_to_dict,
 )
 from ai_assistant.errors import AIAssistantError, Busy, Cancelled, InternalError, InvalidArgument
@@ -36,6 +37,9 @@ _POOL_BEYOND_SEQUENCES = 16
 _HEADROOM_BYTES = 512 << 20
 """Beyond the model's memory limit: the interpreter, and stacks, which count as reserved and not as used."""
 _RECEIVE = 1 << 18
+_PACE_S = 0.02
+"""Between two writes for one generation, after its first. Each write wakes the daemon and its client, and with
+as many decoding threads as cores every wake-up stops a decode step; nobody reads faster than 50 times a second."""
 
 Open = Callable[[int, LoadOptions, Callable[[float], None]], Engine]
 
@@ -171,8 +175,12 @@ class WorkerServer:
         generation = self._engine.generate(GenerateRequest.from_dict(values))
         request.attach(generation)
         try:
-            for event in generation:
-                self._send_bytes(_event_frame(number, event))
+            if isinstance(generation, PacedGeneration):
+                while events := generation.gather(_PACE_S):
+                    self._send_bytes(b"".join(_event_frame(number, each) for each in events))
+            else:
+                for event in generation:
+                    self._send_bytes(_event_frame(number, event))
         finally:
             generation.cancel()
 
