@@ -11,6 +11,7 @@ import json
 import os
 import py_compile
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,26 @@ from ai_assistant.cli import main
 if __name__ == "__main__":
     sys.exit(main())
 """
+
+
+# Where each shell looks for the completion of a command.
+COMPLETIONS = {
+    "bash": "usr/share/bash-completion/completions/ai-assistant",
+    "zsh": "usr/share/zsh/vendor-completions/_ai-assistant",
+    "fish": "usr/share/fish/vendor_completions.d/ai-assistant.fish",
+}
+
+
+def completion(shell: str, packages: Path) -> str:
+    """The completion script that the command line itself makes."""
+    program = "import sys; sys.argv = ['ai-assistant']; from ai_assistant.cli import main; sys.exit(main())"
+    environment = {"PYTHONPATH": str(packages), "_AI_ASSISTANT_COMPLETE": f"source_{shell}", "LANG": "C.UTF-8"}
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    if "ai" not in done.stdout:
+        sys.exit(f"stage: no completion for {shell}: {done.stderr}")
+    return done.stdout.lstrip("\n")
 
 
 def ignore(folder: str, names: list[str]) -> set[str]:
@@ -62,6 +83,15 @@ def stage(engine: Path) -> None:
         launcher.parent.mkdir(parents=True, exist_ok=True)
         launcher.write_text(LAUNCHER)
         launcher.chmod(0o755)
+
+    manual = PRODUCT / "usr/share/doc/ai-assistant"
+    manual.mkdir(parents=True, exist_ok=True)
+    for page in sorted((CHECKOUT / "docs").glob("*.md")):
+        shutil.copy(page, manual)
+    for shell, target in COMPLETIONS.items():
+        script = PRODUCT / target
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(completion(shell, packages))
 
     # Checked by hash, not by time: the image's file times are all the same.
     compiled = compileall.compile_dir(

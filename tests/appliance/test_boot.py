@@ -123,3 +123,18 @@ def test_configuration_shows_its_sources(appliance: Container) -> None:
         assert "sequins" in wrong.stderr
     finally:
         appliance.run("rm", "/etc/ai-assistant/config.d/50-test.toml")
+
+
+def test_bash_completes_commands_and_models(appliance: Container) -> None:
+    script = (
+        "source /usr/share/bash-completion/bash_completion; "
+        "source /usr/share/bash-completion/completions/ai-assistant; "
+        "COMP_WORDS=(ai-assistant model show a); COMP_CWORD=3; _ai_assistant_completion ai-assistant; "
+        'echo "${COMPREPLY[@]}"'
+    )
+    assert "assistant:1" in appliance.run("bash", "-c", script).stdout
+
+
+def test_the_manual_is_on_board(appliance: Container) -> None:
+    pages = appliance.run("ls", "/usr/share/doc/ai-assistant").stdout.split()
+    assert {"api.md", "cli.md", "dbus.md", "sdk.md"} <= set(pages)
