@@ -35,8 +35,8 @@ class Task:
     """A generation from the scheduler's side. `events` carries Event values and, last, perhaps an error."""
 
     __slots__ = (
-        "cached", "cancelled", "ended", "events", "first", "last_token", "limit", "output", "paused", "produced", "prompt",
-        "sampler", "started", "submitted", "top",
+        "cached", "cancelled", "ended", "events", "first", "last_token", "limit", "output", "paused", "produced",
+        "prompt", "sampler", "started", "submitted", "top",
     )  # fmt: skip
 
     def __init__(self, prompt: Tokens, limit: int, sampler: Sampler, output: Output, top: int | None) -> None:
