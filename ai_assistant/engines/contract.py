@@ -237,6 +237,19 @@ class PacedGeneration(Protocol):
         """
 
 
+@runtime_checkable
+class Supervised(Protocol):
+    """What an engine may tell those who must decide whether it still works. Read from any thread."""
+
+    @property
+    def steps(self) -> int:
+        """Calls of the native library that have returned; grows while anything is being computed."""
+
+    @property
+    def broken(self) -> bool:
+        """Nothing can be generated any more, ever; only loading again helps."""
+
+
 class Engine(Protocol):
     """A loaded model. Every method may be called from any thread."""
 

@@ -32,6 +32,8 @@ class Embedder:
         self._lock = threading.Lock()
         self._context: Any = None
         self._room = 0
+        self.steps = 0
+        """Batches computed so far."""
         self._width = int(lib.llama_model_n_embd_out(model)) if hasattr(lib, "llama_model_n_embd_out") else 0
         self._width = self._width or int(lib.llama_model_n_embd(model))
 
@@ -116,6 +118,7 @@ class Embedder:
                     at += 1
             batch.n_tokens = at
             code = lib.llama_decode(self._context, batch) if memory else lib.llama_encode(self._context, batch)
+            self.steps += 1
         finally:
             lib.llama_batch_free(batch)
         if code != 0:

@@ -145,6 +145,14 @@ class LlamaEngine:
         """Tokens that one generation may use, prompt and answer together."""
         return self._context_length
 
+    @property
+    def steps(self) -> int:
+        return sum(each.steps for each in (self._scheduler, self._embedder) if each is not None)
+
+    @property
+    def broken(self) -> bool:
+        return self._scheduler is not None and bool(self._scheduler.broken)
+
     def generate(self, request: GenerateRequest) -> LlamaGeneration:
         with self._in_use():
             return self._generate(request)

@@ -134,6 +134,8 @@ class Scheduler:
         self._wake = threading.Condition()
         self._closing = False
         self._broken: AIAssistantError | None = None
+        self.steps = 0
+        """Batches decoded so far."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -164,6 +166,11 @@ class Scheduler:
             self._wake.notify()
         if self._thread is not threading.current_thread():
             self._thread.join()
+
+    @property
+    def broken(self) -> bool:
+        """The thread has ended, and not because of `close`."""
+        return self._broken is not None and not self._closing
 
     @property
     def running(self) -> int:
@@ -289,6 +296,7 @@ class Scheduler:
     def _decode(self) -> None:
         batch = self._batch
         code = self._lib.llama_decode(self._context, batch.native)
+        self.steps += 1
         if code != 0:
             self._recover(code)
             return

@@ -69,10 +69,6 @@ def _tokens(value: Any) -> list[int]:
     return [_count(each) for each in _list(value, 1 << 24)]
 
 
-RESULTS: dict[str, Callable[[Any], Any]] = {"embed": _vectors, "tokenize": _tokens, "ping": lambda _value: None}
-"""The reader of each operation's result."""
-
-
 def _usage(value: Any) -> Usage:
     if not isinstance(value, dict):
         raise ProtocolError("no usage")
@@ -137,3 +133,7 @@ def _list(value: Any, longest: int) -> list[Any]:
     if not isinstance(value, list) or len(value) > longest:
         raise ProtocolError("something that is no list, or too long")
     return value
+
+
+RESULTS: dict[str, Callable[[Any], Any]] = {"embed": _vectors, "tokenize": _tokens, "ping": _count}
+"""The reader of each operation's result."""

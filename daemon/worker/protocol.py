@@ -25,16 +25,33 @@ _MERGE_ABOVE = 32
 """Unread chunks of plain text beyond these are joined, so that a slow reader costs bytes, not objects."""
 _MAX_UNREAD = 16 << 20
 """Bytes of events (see `_weight`) that one request may leave unread."""
+PING_EVERY_S = 15.0
+PING_TIMEOUT_S = 15.0
+STALLED_ROUNDS = 20
+"""Pings without a finished step of the engine in between. Five minutes, because one step of a large model on a
+small machine may read a whole batch of prompt tokens."""
+_RESTARTED = "it is being restarted; try again"
 
 
 class WorkerClient:
     """A connected worker. All methods belong to the loop that connected it.
 
+    While anything but a load is pending, the worker is asked every `ping_every_s` how many steps it has made
+    (who loads has a limit of its own). No answer within `ping_timeout_s`, or `stalled_rounds` answers in a row
+    without a new step, end the connection as a crash does. Nothing is asked while nothing is pending.
+
     Attributes:
         died: done when the connection has ended, by `close` or otherwise; its result says why.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        ping_every_s: float = PING_EVERY_S,
+        ping_timeout_s: float = PING_TIMEOUT_S,
+        stalled_rounds: int = STALLED_ROUNDS,
+    ) -> None:
         """Take over a connected, stream-oriented unix socket."""
         sock.setblocking(False)
         self._sock = sock
@@ -44,6 +61,10 @@ class WorkerClient:
         self._pending: dict[int, _Pending] = {}
         self._next = 1
         self._closing = False
+        self._ping_every_s = ping_every_s
+        self._ping_timeout_s = ping_timeout_s
+        self._stalled_rounds = stalled_rounds
+        self._guard: asyncio.Task[None] | None = None
 
     @classmethod
     async def connect(cls, path: str) -> WorkerClient:
@@ -122,9 +143,10 @@ class WorkerClient:
         found: list[int] = await self._call("tokenize", {"text": text})
         return found
 
-    async def ping(self) -> None:
-        """Return when the worker's reader answers; it does so while it generates, too."""
-        await self._call("ping", {})
+    async def ping(self) -> int:
+        """Ask the worker's reader, which answers while it generates, too: the steps it has made so far."""
+        steps: int = await self._call("ping", {})
+        return steps
 
     async def close(self) -> None:
         """End the connection, which ends the worker; idempotent."""
@@ -152,7 +174,37 @@ class WorkerClient:
             raise InvalidArgument(f"the request cannot be passed on: {error}") from error
         self._write(frame)
         pending = self._pending[number] = _Pending(op)
+        if self._guard is None or self._guard.done():
+            self._guard = self._loop.create_task(self._watch(), name="worker-guard")
         return number, pending
+
+    async def _watch(self) -> None:
+        """End the connection if the worker stops answering or working before everything is answered."""
+        stalled, before = 0, -1
+        while True:
+            await asyncio.sleep(self._ping_every_s)
+            if all(each.ended for each in self._pending.values()):
+                return
+            try:
+                async with asyncio.timeout(self._ping_timeout_s):
+                    steps = await self.ping()
+            except TimeoutError:
+                self._give_up("does not answer")
+                return
+            except WorkerCrashed:
+                return
+            except AIAssistantError:
+                # Refused, or no place behind what was sent before: neither shows any progress.
+                steps = before
+            stalled, before = (stalled + 1, before) if steps == before else (0, steps)
+            if stalled >= self._stalled_rounds:
+                self._give_up("makes no progress")
+                return
+
+    def _give_up(self, how: str) -> None:
+        self._end(f"the worker {how}", WorkerCrashed(f"the worker that held the model {how}", hint=_RESTARTED))
+        if self._transport is not None:
+            self._transport.abort()
 
     def _write(self, frame: bytes) -> None:
         transport = self._transport
@@ -194,13 +246,15 @@ class WorkerClient:
         else:
             raise ProtocolError(f"an unexpected event {str(kind)[:40]!r}")
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, error: WorkerCrashed | None = None) -> None:
         if not self.died.done():
             self.died.set_result(reason)
+        if self._guard is not None and self._guard is not asyncio.current_task(self._loop):
+            self._guard.cancel()
         pending, self._pending = self._pending, {}
         for each in pending.values():
             if not each.ended:
-                each.end(WorkerCrashed("the worker that held the model died", hint="it is being restarted; try again"))
+                each.end(error or WorkerCrashed("the worker that held the model died", hint=_RESTARTED))
 
 
 class _Pending:

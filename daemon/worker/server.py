@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from ai_assistant.daemon.worker.frames import FrameReader, ProtocolError, encode
+from ai_assistant.daemon.worker.stall import STALL_S, StallTimer
 from ai_assistant.engines.contract import (
     Chunk,
     Engine,
@@ -28,6 +30,7 @@ from ai_assistant.engines.contract import (
     Generation,
     LoadOptions,
     PacedGeneration,
+    Supervised,
     event_to_dict,
 )
 from ai_assistant.errors import AIAssistantError, Busy, Cancelled, InternalError, InvalidArgument
@@ -50,9 +53,10 @@ class WorkerServer:
     Args:
         sock: connected to the daemon.
         open_model: makes the engine from a descriptor.
+        stall_s: the process ends when its reader does not run for so long while something is to be done.
     """
 
-    def __init__(self, sock: socket.socket, open_model: Open) -> None:
+    def __init__(self, sock: socket.socket, open_model: Open, *, stall_s: float = STALL_S) -> None:
         sock.setblocking(True)
         self._sock = sock
         self._open_model = open_model
@@ -61,7 +65,9 @@ class WorkerServer:
         self._loading = False
         self._pool = ThreadPoolExecutor(1, "request")
         self._active: dict[int, _Request] = {}
+        self._finished = 0
         self._lock = threading.Lock()
+        self._stall = StallTimer(stall_s)
 
     def serve(self) -> None:
         """Read frames until the daemon closes the connection.
@@ -71,6 +77,7 @@ class WorkerServer:
         """
         reader = FrameReader()
         while True:
+            self._await_frame()
             try:
                 data, fds, _flags, _address = socket.recv_fds(self._sock, _RECEIVE, 4, socket.MSG_CMSG_CLOEXEC)
             except ConnectionError:
@@ -84,6 +91,16 @@ class WorkerServer:
                 for fd in fds:
                     os.close(fd)
 
+    def _await_frame(self) -> None:
+        """Show that this thread runs, for as long as there is work; without work, wait without waking."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        while True:
+            busy = bool(self._active) or (self._loading and self._engine is None)
+            self._stall.keep(busy)
+            if poll.poll(self._stall.every_s * 1000 if busy else None):
+                return
+
     def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
         number, op = message.get("id"), message.get("op")
         if isinstance(number, bool) or not isinstance(number, int) or not isinstance(op, str):
@@ -94,7 +111,7 @@ class WorkerServer:
             elif op == "cancel":
                 self._cancel(number)
             elif op == "ping" and self._engine is not None:
-                self._send({"id": number, "event": "result", "value": None})
+                self._send({"id": number, "event": "result", "value": self._progress()})
             elif self._engine is None:
                 raise InvalidArgument("no model is loaded")
             elif op in ("generate", "embed", "tokenize"):
@@ -144,6 +161,10 @@ class WorkerServer:
         work = {"generate": self._generate, "embed": self._embed, "tokenize": self._tokenize}[op]
         self._pool.submit(self._run, number, request, work, message)
 
+    def _progress(self) -> int:
+        """Grows whenever something was done, so that the daemon can tell slow from stuck."""
+        return self._finished + (self._engine.steps if isinstance(self._engine, Supervised) else 0)
+
     def _cancel(self, number: int) -> None:
         with self._lock:
             request = self._active.get(number)
@@ -166,6 +187,7 @@ class WorkerServer:
         finally:
             with self._lock:
                 self._active.pop(number, None)
+                self._finished += 1
 
     def _generate(self, number: int, request: _Request, message: dict[str, Any]) -> None:
         values = message.get("request")

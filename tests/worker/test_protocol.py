@@ -149,8 +149,8 @@ async def test_closing_the_generator_cancels() -> None:
         # What was under way is ignored, and the connection goes on.
         await fake.send({"id": number, "event": "chunk", "text": "late"}, {"id": 99, "event": "chunk", "text": "?"})
         ping = asyncio.create_task(client.ping())
-        await fake.send({"id": (await fake.receive())["id"], "event": "result", "value": None})
-        await ping
+        await fake.send({"id": (await fake.receive())["id"], "event": "result", "value": 7})
+        assert await ping == 7
 
 
 async def test_the_end_of_a_worker_ends_every_request() -> None:

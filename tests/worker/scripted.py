@@ -1,0 +1,99 @@
+"""A worker process whose engine does what the prompt says; no native library is needed.
+
+`python -m tests.worker.scripted FD [STALL_S]`
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from ai_assistant.daemon.worker.__main__ import _leave
+from ai_assistant.daemon.worker.server import WorkerServer
+from ai_assistant.engines.contract import (
+    Chunk,
+    Event,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    LoadOptions,
+    ModelInfo,
+    Usage,
+)
+from ai_assistant.errors import Cancelled, InternalError
+
+_INFO = ModelInfo(
+    format="gguf", architecture="llama", parameters=1, size_bytes=2, quantization="F32", context_length=3,
+    has_chat_template=True, can_embed=True,
+)  # fmt: skip
+
+
+class ScriptedEngine:
+    info = _INFO
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.broken = False
+
+    def generate(self, request: GenerateRequest) -> _Scripted:
+        if request.prompt == "break":
+            self.broken = True
+            raise InternalError("the engine failed")
+        return _Scripted(self, request.prompt or "")
+
+    def embed(self, texts: Sequence[str], cancelled: Callable[[], bool] | None = None) -> tuple[list[list[float]], int]:
+        if texts[0] == "slow":
+            while cancelled is None or not cancelled():
+                self.steps += 1
+                time.sleep(0.01)
+            raise Cancelled("the embedding was cancelled")
+        return [[1.0] for _ in texts], len(texts)
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def close(self) -> None: ...
+
+
+class _Scripted:
+    def __init__(self, engine: ScriptedEngine, prompt: str) -> None:
+        self._engine = engine
+        self._cancelled = threading.Event()
+        self._events = self._run(prompt)
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def _run(self, prompt: str) -> Iterator[Event]:
+        yield Chunk("begun")
+        if prompt == "hold the lock":
+            re.fullmatch(r"(a|aa)*b", "a" * 200)
+        elif prompt == "do nothing":
+            self._cancelled.wait()
+        elif prompt.startswith("work "):
+            for _ in range(int(prompt[5:])):
+                time.sleep(0.05)
+                self._engine.steps += 1
+        if self._cancelled.is_set():
+            raise Cancelled("the generation was cancelled")
+        yield Finished(FinishReason.STOP, Usage(0, 0))
+
+
+def _open(_fd: int, _options: LoadOptions, _progress: Callable[[float], None]) -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+if __name__ == "__main__":
+    stall_s = float(sys.argv[2]) if len(sys.argv) > 2 else 60.0
+    WorkerServer(socket.socket(fileno=int(sys.argv[1])), _open, stall_s=stall_s).serve()
+    _leave(0)
