@@ -23,7 +23,7 @@ from dbus_fast import Variant
 
 from ai_assistant.daemon.bus.connection import Call, Connection
 from ai_assistant.daemon.bus.wire import BusError
-from ai_assistant.daemon.contract import Peer, Scope
+from ai_assistant.daemon.contract import Peer, Scope, caller
 from ai_assistant.errors import NotAuthorized
 
 log = logging.getLogger(__name__)
@@ -68,15 +68,17 @@ class Authority:
         self._connection = connection
 
     async def uid(self, sender: str) -> int:
-        """User of a bus connection.
+        """User of a bus connection, who from now on is the `caller` of this task.
 
         Raises:
             NotAuthorized: it has left.
         """
         try:
-            return int((await self._connection.credentials(sender))["UnixUserID"])
+            uid = int((await self._connection.credentials(sender))["UnixUserID"])
         except (BusError, KeyError) as error:
             raise NotAuthorized("the caller has left the bus") from error
+        caller.set(uid)
+        return uid
 
     async def require(self, call: Call, scope: Scope) -> int:
         """Return the caller's user id if it may do that.

@@ -7,11 +7,16 @@ means the same on each. Nothing here imports a bus or an HTTP library.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
 from ai_assistant.engines.contract import Event, GenerateRequest
+
+caller: ContextVar[int | None] = ContextVar("caller", default=None)
+"""User id of whoever asks in this task; None is the daemon itself. Both interfaces set it as soon as they know, and
+the service shows and lends a transient model only to the user who passed it, and to root."""
 
 
 class ModelState(StrEnum):
@@ -88,10 +93,10 @@ class Service(Protocol):
         """All known models, sorted by name; transient ones last."""
 
     def model(self, name: str) -> ModelRecord:
-        """By full name, or by the bare name of its newest version.
+        """By full name, or by the bare name of its newest version. A bare name is never a transient model.
 
         Raises:
-            NoSuchModel
+            NoSuchModel: also for another user's transient model, see `caller`.
         """
 
     def generate(self, name: str, request: GenerateRequest) -> AsyncGenerator[Event]:

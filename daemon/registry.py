@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Mapping
@@ -89,12 +90,18 @@ class Entry:
     sha256: str = ""
     owner: str = ""
     """Bus name of the connection that a transient model belongs to."""
+    owner_uid: int = -1
+    """User of that connection."""
     options: LoadOptions | None = None
     """How to load it, where that differs from the configuration."""
 
     @property
     def transient(self) -> bool:
         return self.file is not None
+
+    def visible_to(self, uid: int | None) -> bool:
+        """Whether that user may know and use it; None is the daemon itself. What is imported is everybody's."""
+        return not self.transient or uid is None or uid in (0, self.owner_uid)
 
     def open(self) -> int:
         """A new descriptor of the weights, to be closed by the caller.
@@ -130,7 +137,6 @@ class Registry:
         self.state = state
         self.options = options
         self._entries: dict[str, Entry] = {}
-        self._transient = 0
 
     def scan(self) -> None:
         """Read both folders and remove what interrupted imports left behind. Unusable models are logged."""
@@ -174,18 +180,22 @@ class Registry:
         """Sorted by name; transient ones last."""
         return sorted(self._entries.values(), key=lambda each: (each.transient, _sort_key(each.name)))
 
-    def get(self, name: str) -> Entry:
-        """By full name, or by the bare name of its newest version.
+    def get(self, name: str, uid: int | None = None) -> Entry:
+        """By full name, or by the bare name of its newest version, for that user (None: the daemon itself).
+
+        A bare name is never a transient model: whoever passed one would answer for the model of that name.
 
         Raises:
             NoSuchModel
         """
         found = self._entries.get(name)
         if found is None and ":" not in name:
-            versions = [each for each in self._entries if each.partition(":")[0] == name]
+            versions = [
+                each for each, entry in self._entries.items() if not entry.transient and each.partition(":")[0] == name
+            ]
             if versions:
                 found = self._entries[max(versions, key=_sort_key)]
-        if found is None:
+        if found is None or not found.visible_to(uid):
             raise NoSuchModel(f"there is no model {name[:100]!r}", hint="see `ai-assistant model list`", param="model")
         return found
 
@@ -201,14 +211,19 @@ class Registry:
         self._entries[entry.name] = entry
 
     def add_transient(
-        self, fd: int, found: Inspection, prefix: str, owner: str, created: int, options: LoadOptions | None = None
+        self,
+        fd: int,
+        found: Inspection,
+        prefix: str,
+        owner: str,
+        uid: int,
+        created: int,
+        options: LoadOptions | None = None,
     ) -> Entry:
-        """Register a model that lives in `fd`, which now belongs to the registry."""
-        while True:
-            self._transient += 1
-            name = f"{prefix}:t{self._transient}"
-            if name not in self._entries:
-                break
+        """Register a model that lives in `fd`, which now belongs to the registry. Its version cannot be guessed."""
+        name = f"{prefix}:t{secrets.token_hex(4)}"
+        while name in self._entries:
+            name = f"{prefix}:t{secrets.token_hex(4)}"
         entry = Entry(
             name,
             replace(found.info, name=name),
@@ -216,6 +231,7 @@ class Registry:
             created,
             file=OpenFile(fd),
             owner=owner,
+            owner_uid=uid,
             options=options,
         )
         self._entries[name] = entry

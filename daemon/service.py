@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ai_assistant.daemon.config import Config
-from ai_assistant.daemon.contract import Counters, ModelRecord, ModelState
+from ai_assistant.daemon.contract import Counters, ModelRecord, ModelState, caller
 from ai_assistant.daemon.importer import Source, check_space, copy_in
 from ai_assistant.daemon.inspection import inspect
 from ai_assistant.daemon.jobs import Job, JobTable
@@ -62,13 +62,18 @@ class DaemonService:
     # ---- contract.Service
 
     def models(self) -> Sequence[ModelRecord]:
-        return [self._record(entry) for entry in self.registry.all()]
+        uid = caller.get()
+        return [self.record(entry) for entry in self.registry.all() if entry.visible_to(uid)]
 
     def model(self, name: str) -> ModelRecord:
-        return self._record(self.registry.get(name))
+        return self.record(self._entry(name))
+
+    def _entry(self, name: str) -> Entry:
+        """The model of that name, for whoever asks."""
+        return self.registry.get(name, caller.get())
 
     async def generate(self, name: str, request: GenerateRequest) -> AsyncGenerator[Event]:
-        entry = self.registry.get(name)
+        entry = self._entry(name)
         self._accepting()
         counters = self.counters
         counters.requests += 1
@@ -103,7 +108,7 @@ class DaemonService:
                 self._idle.set()
 
     async def embed(self, name: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
-        entry = self.registry.get(name)
+        entry = self._entry(name)
         self._accepting()
         self.counters.requests += 1
         try:
@@ -116,7 +121,7 @@ class DaemonService:
         return vectors, tokens
 
     async def tokenize(self, name: str, text: str) -> list[int]:
-        entry = self.registry.get(name)
+        entry = self._entry(name)
         self._accepting()
         async with self.residency.use(entry) as worker:
             return await worker.tokenize(text)
@@ -141,7 +146,7 @@ class DaemonService:
         if self.state == "stopping":
             raise Busy("the service is stopping", hint="try again in a moment")
 
-    def _record(self, entry: Entry) -> ModelRecord:
+    def record(self, entry: Entry) -> ModelRecord:
         state, error = self.residency.state(entry.name)
         info = entry.info
         return ModelRecord(
@@ -237,8 +242,11 @@ class DaemonService:
         source.check_unchanged()
         return source
 
-    async def open_model(self, fd: int, prefix: str, context_length: int, owner: str) -> Entry:
+    async def open_model(self, fd: int, prefix: str, context_length: int, owner: str, uid: int | None = None) -> Entry:
         """Register a file that stays where it is; `fd` belongs to this from now on.
+
+        Args:
+            uid: the user that it belongs to; None: the daemon's own.
 
         Raises:
             InvalidModel, InvalidArgument, Busy, Timeout
@@ -256,7 +264,13 @@ class DaemonService:
                 options = replace(options, context_length=context_length)
             source = await self._source(fd, options)
             entry = self.registry.add_transient(
-                fd, source.found, prefix, owner, int(time.time()), options=options if context_length else None
+                fd,
+                source.found,
+                prefix,
+                owner,
+                os.getuid() if uid is None else uid,
+                int(time.time()),
+                options=options if context_length else None,
             )
         except BaseException:
             os.close(fd)
@@ -270,7 +284,7 @@ class DaemonService:
         Raises:
             NoSuchModel, Busy
         """
-        entry = self.registry.get(name)
+        entry = self._entry(name)
         self._accepting()
 
         async def work(job: Job) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from ai_assistant.daemon.api.errors import HttpError
 from ai_assistant.daemon.api.jsonbody import parse_object
 from ai_assistant.daemon.api.limits import Limits
+from ai_assistant.daemon.contract import Peer, caller
 from ai_assistant.errors import Busy, InvalidArgument, NotSupported, Timeout
 
 _STREAM_HEADERS = [
@@ -53,6 +54,9 @@ class Exchange:
         self._limits = limits
         self._held = held
         self._mine = 0
+        # Each request has a task of its own, and so has what is set here.
+        peer = scope.get("state", {}).get("peer")
+        caller.set(peer.uid if isinstance(peer, Peer) else -1)
 
     @property
     def path_params(self) -> MutableMapping[str, Any]:

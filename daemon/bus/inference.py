@@ -44,8 +44,8 @@ class Inference:
     async def generate(
         self, call: Call, model: str, prompt: str, options: Mapping[str, Variant]
     ) -> tuple[str, dict[str, Variant]]:
-        await self._authority.require(call, Scope.INFER)
-        template = self._service.registry.get(model).info.has_chat_template
+        uid = await self._authority.require(call, Scope.INFER)
+        template = self._service.registry.get(model, uid).info.has_chat_template
         request = parse_options(prompt, plain(options), chat_default=template)
         texts: list[str] = []
         async with aclosing(self._service.generate(model, request)) as events:

@@ -44,15 +44,18 @@ class Manager:
         }
 
     async def get_status(self, call: Call) -> Mapping[str, Any]:
+        await self._authority.uid(call.sender)
         status = self._service.status()
         # An empty list does not say what it is a list of, and clients rely on one type for a key.
         empty = {key: Variant("av", []) for key in ("temperatures", "models") if not status[key]}
         return variants(status) | empty
 
     async def list_models(self, call: Call) -> Sequence[str]:
+        await self._authority.uid(call.sender)
         return [self._model_path(each.name) for each in self._service.models()]
 
     async def find_model(self, call: Call, name: str) -> str:
+        await self._authority.uid(call.sender)
         return self._model_path(self._service.model(name).name)
 
     async def import_model(self, call: Call, file: Descriptor, name: str, options: Mapping[str, Any]) -> str:
@@ -61,7 +64,7 @@ class Manager:
         return self._job_path(await self._service.import_model(file.take(), name, call.sender, uid))
 
     async def open_model(self, call: Call, file: Descriptor, options: Mapping[str, Any]) -> tuple[str, str]:
-        await self._authority.require(call, Scope.LOAD)
+        uid = await self._authority.require(call, Scope.LOAD)
         values = plain(options)
         prefix = values.pop("name", "transient")
         context_length = values.pop("context_length", 0)
@@ -70,7 +73,7 @@ class Manager:
             raise InvalidArgument("name must be a string", param="name")
         if isinstance(context_length, bool) or not isinstance(context_length, int) or not 0 <= context_length < 1 << 24:
             raise InvalidArgument("context_length must be an integer from 0 to 16777215", param="context_length")
-        entry = await self._service.open_model(file.take(), prefix, context_length, call.sender)
+        entry = await self._service.open_model(file.take(), prefix, context_length, call.sender, uid)
         return self._model_path(entry.name), entry.name
 
     async def self_test(self, call: Call) -> Sequence[tuple[str, bool, str]]:

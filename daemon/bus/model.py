@@ -30,7 +30,8 @@ class ModelObject:
         self._job_path = job_path
 
     def properties(self) -> Mapping[str, Any]:
-        record = self._service.model(self._name)
+        # Not `model`: signals about a change are made in the task of whoever caused it.
+        record = self._service.record(self._service.registry.get(self._name))
         return {
             "Name": record.name,
             "State": str(record.state),

@@ -115,7 +115,7 @@ def test_remove(tmp_path: Path, tiny_model: Path) -> None:
 
 def test_transient_files_are_never_mistaken(registry: Registry, tiny_model: Path) -> None:
     fd = os.open(tiny_model, os.O_RDONLY)
-    entry = registry.add_transient(fd, inspect_here(fd, LoadOptions()), "transient", ":1.5", 1)
+    entry = registry.add_transient(fd, inspect_here(fd, LoadOptions()), "transient", ":1.5", 1000, 1)
     assert entry.transient
     other = entry.open()
     assert os.path.sameopenfile(fd, other)
@@ -153,3 +153,24 @@ def test_descriptors(tmp_path: Path, tiny_model: Path) -> None:
     finally:
         for fd in (*bad, write, good):
             os.close(fd)
+
+
+def test_a_transient_model_never_answers_for_a_bare_name(tmp_path: Path, tiny_model: Path) -> None:
+    put(tmp_path / "image", "assistant", "1", tiny_model)
+    made = Registry(tmp_path / "image", tmp_path / "state", LoadOptions())
+    made.scan()
+    with tiny_model.open("rb") as file:
+        found = inspect_here(file.fileno(), LoadOptions())
+    entries = [
+        made.add_transient(os.open(tiny_model, os.O_RDONLY), found, prefix, ":1.5", 1000, 1)
+        for prefix in ("assistant", "assistant", "alone")
+    ]
+    assert made.get("assistant").name == "assistant:1"
+    with pytest.raises(NoSuchModel):
+        made.get("alone")
+    assert len({each.name for each in entries}) == 3
+    for each in entries:
+        assert made.get(each.name, 1000) is made.get(each.name, 0) is made.get(each.name) is each
+        with pytest.raises(NoSuchModel):
+            made.get(each.name, 1001)
+        made.remove(each.name)
