@@ -10,6 +10,7 @@ import asyncio
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -30,6 +31,8 @@ from ai_assistant.daemon.registry import (
     metadata,
 )
 from ai_assistant.errors import AIAssistantError, AlreadyExists, Cancelled, InvalidModel, NoSpace
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 # A pool of its own: a file that cannot be read in time holds up imports, not the daemon.
@@ -99,7 +102,7 @@ async def copy_in(
     check_space(registry.state, source.status.st_size, reserve_bytes)
     partial = registry.state / f"{PARTIAL_PREFIX}{uuid.uuid4().hex}"
     try:
-        partial.mkdir(mode=0o755)
+        partial.mkdir(mode=0o700)
         digest = await run(lambda: _copy(source, partial / MODEL_FILE, reserve_bytes, stop, report))
         return await _finish(registry, name, source, partial, digest)
     except OSError as error:
@@ -127,7 +130,7 @@ async def _finish(registry: Registry, name: str, source: Source, partial: Path, 
     existing = next((each for each in registry.all() if each.name == name), None)
     if existing is not None:
         return same_or_raise(existing, digest, status.st_size)
-    _place(partial, target)
+    _place(registry, partial, target)
     entry = Entry(
         name,
         replace(found.info, name=name),
@@ -142,8 +145,11 @@ async def _finish(registry: Registry, name: str, source: Source, partial: Path, 
     return entry
 
 
-def _place(partial: Path, target: Path) -> None:
-    target.parent.mkdir(mode=0o755, exist_ok=True)
+def _place(registry: Registry, partial: Path, target: Path) -> None:
+    # What lies there and is no model, `scan` could not use: it would be in the way for ever.
+    if os.path.lexists(target) and registry.bury(target) is not None:
+        log.warning("replacing a folder that is no usable model: %s", target)
+    target.parent.mkdir(mode=0o700, exist_ok=True)
     partial.rename(target)
 
 
@@ -165,7 +171,7 @@ def _digest(source: Source, stop: threading.Event, report: Callable[[float], Non
 
 
 def _copy(source: Source, path: Path, reserve: int, stop: threading.Event, report: Callable[[float], None]) -> str:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     since_check = 0
 
     def write(piece: memoryview) -> None:
@@ -221,12 +227,16 @@ def _pass(
 
 def _write_json(partial: Path, values: dict[str, object]) -> None:
     path = partial / METADATA_FILE
-    with path.open("x", encoding="utf-8") as file:
+    with open(path, "x", encoding="utf-8", opener=_private) as file:
         json.dump(values, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     _sync(partial)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _sync(directory: Path) -> None:

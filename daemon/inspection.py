@@ -19,9 +19,10 @@ from ai_assistant.engines.contract import LoadOptions, ModelInfo
 from ai_assistant.errors import AIAssistantError, InvalidModel, Timeout, from_name
 
 TIMEOUT_S = 60.0
-_AT_A_TIME = 2
+_AT_A_TIME = 1
 _slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
-_MEMORY_BYTES = 2 << 30
+# Well within the daemon's MemoryMax=, which counts this child as well.
+_MEMORY_BYTES = 512 << 20
 _ANSWER_BYTES = 1 << 20
 
 

@@ -55,6 +55,8 @@ class Publisher:
         return f"{ROOT}/jobs/{each.number}"
 
     def _add_model(self, name: str) -> None:
+        if name in self._models:
+            return  # Two imports of one name and content both succeed, and both say so.
         path = f"{ROOT}/models/{next(self._numbers)}"
         self._models[name] = path
         handler = model.ModelObject(self._service, self._authority, name, self.job_path)

@@ -23,7 +23,7 @@ from typing import Any
 
 from ai_assistant.daemon.inspection import Inspection, inspect_here
 from ai_assistant.engines.contract import LoadOptions, ModelInfo
-from ai_assistant.errors import AlreadyExists, InvalidArgument, InvalidModel, NoSuchModel, NotSupported
+from ai_assistant.errors import AlreadyExists, InternalError, InvalidArgument, InvalidModel, NoSuchModel, NotSupported
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Registry:
 
     def scan(self) -> None:
         """Read both folders and remove what interrupted imports left behind. Unusable models are logged."""
-        self.state.mkdir(parents=True, exist_ok=True)
+        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         for leftover in self.state.glob(PARTIAL_PREFIX + "*"):
             log.warning("removing an interrupted import: %s", leftover.name)
             shutil.rmtree(leftover, ignore_errors=True)
@@ -237,27 +237,43 @@ class Registry:
         self._entries[name] = entry
         return entry
 
-    def remove(self, name: str) -> None:
-        """Forget a model, and delete its files if it was imported.
+    def remove(self, name: str) -> Path | None:
+        """Forget a model. What is left of an imported one is in the folder returned, for the caller to delete.
 
         Raises:
             NotSupported: it is part of the image.
             NoSuchModel
+            InternalError: its folder cannot be moved away; it stays a model.
         """
         entry = self.get(name)
         if entry.builtin:
             raise NotSupported(f"{entry.name} is part of the image and cannot be removed")
+        grave: Path | None = None
+        if entry.path is not None:
+            # The rename makes it one step: a cut leaves either the model or something that scan() removes.
+            try:
+                grave = self.bury(entry.path.parent)
+            except OSError as error:
+                raise InternalError(f"{entry.name} cannot be removed: {error.strerror}") from error
         del self._entries[entry.name]
         if entry.file is not None:
             entry.file.close()
-        if entry.path is not None:
-            folder = entry.path.parent
-            # The rename makes it one step: a cut leaves either the model or something that scan() removes.
-            grave = self.state / f"{PARTIAL_PREFIX}removed-{os.getpid()}-{entry.name.replace(':', '-')}"
+        return grave
+
+    def bury(self, folder: Path) -> Path | None:
+        """Move a model's folder to where the next `scan` deletes it; None if there is none any more.
+
+        Raises:
+            OSError
+        """
+        grave = self.state / f"{PARTIAL_PREFIX}removed-{secrets.token_hex(8)}"
+        try:
             folder.rename(grave)
-            shutil.rmtree(grave, ignore_errors=True)
-            with contextlib.suppress(OSError):  # other versions may be left
-                folder.parent.rmdir()
+        except FileNotFoundError:
+            return None
+        with contextlib.suppress(OSError):  # other versions may be left
+            folder.parent.rmdir()
+        return grave
 
 
 def _sort_key(name: str) -> tuple[str, tuple[tuple[int, int, str], ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -212,12 +213,10 @@ class DaemonService:
 
         async def work(job: Job) -> Mapping[str, Any]:
             job.report(0.0, f"importing {full}")
-            known = {entry.name for entry in self.registry.all()}
             reserve = self.config.models_disk_reserve_bytes
             entry = await copy_in(self.registry, full, source, reserve, job.report)
-            if entry.name not in known:
-                log.info("imported %s", entry.name, extra={"MODEL": entry.name})
-                self.on_added(entry.name)
+            log.info("imported %s", entry.name, extra={"MODEL": entry.name})
+            self.on_added(entry.name)
             return {"name": entry.name}
 
         try:
@@ -302,15 +301,18 @@ class DaemonService:
         """Forget a model and delete its files.
 
         Raises:
-            NoSuchModel, NotSupported, Busy (unless `force`)
+            NoSuchModel, NotSupported, InternalError, Busy (unless `force`)
         """
         entry = self.registry.get(name)
         if not force and self.residency.busy(entry.name):
             raise Busy(f"{entry.name} is in use", hint="wait until it has answered")
-        self.registry.remove(entry.name)
+        grave = self.registry.remove(entry.name)
         log.info("removed %s", entry.name, extra={"MODEL": entry.name})
         self.on_removed(entry.name)
         await self.residency.forget(entry.name)
+        if grave is not None:
+            # Gigabytes take a while to delete. What a cut leaves, the next start deletes.
+            await asyncio.to_thread(shutil.rmtree, grave, ignore_errors=True)
 
     async def drop_owner(self, owner: str) -> None:
         """A bus connection is gone, and its transient models with it."""

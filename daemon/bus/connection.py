@@ -351,11 +351,16 @@ class Connection:
         return "v", [self._variants(path, interface)[body[1]]]
 
     def _managed(self) -> dict[str, dict[str, dict[str, Variant]]]:
-        return {
-            path: {name: self._variants(path, name) for name in handlers}
-            for path, handlers in self._objects.items()
-            if path != ROOT
-        }
+        found: dict[str, dict[str, dict[str, Variant]]] = {}
+        for path, handlers in self._objects.items():
+            if path == ROOT:
+                continue
+            try:
+                found[path] = {name: self._variants(path, name) for name in handlers}
+            except Exception:
+                # One object in a wrong state must not hide all the others.
+                log.exception("cannot read the properties of %s", path)
+        return found
 
     def introspect(self, path: str) -> str:
         """Introspection XML of any path, with the children below it."""

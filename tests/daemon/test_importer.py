@@ -52,6 +52,31 @@ async def test_the_same_content_twice_is_no_error(registry: Registry, source: So
     assert not [each for each in files(registry) if ".partial" in each]
 
 
+async def test_what_is_no_usable_model_is_replaced(
+    registry: Registry, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = registry.state / "mine" / "1"
+    broken.mkdir(parents=True)
+    (broken / "model.gguf").write_bytes(b"not a model")
+    registry.scan()
+    assert registry.all() == []
+    entry = await copy_in(registry, "mine:1", source, 0, lambda value: None)
+    assert registry.get("mine") is entry
+    assert "no usable model" in caplog.text
+    registry.scan()
+    assert files(registry) == ["mine", "mine/1", "mine/1/model.gguf", "mine/1/model.json"]
+
+
+async def test_weights_are_nobody_elses(registry: Registry, source: Source) -> None:
+    before = os.umask(0)
+    try:
+        await copy_in(registry, "mine:1", source, 0, lambda value: None)
+    finally:
+        os.umask(before)
+    for each in registry.state.rglob("*"):
+        assert each.stat().st_mode & 0o077 == 0, each
+
+
 async def test_another_content_is_an_error(
     registry: Registry, source: Source, tiny_model: Path, tmp_path: Path
 ) -> None:

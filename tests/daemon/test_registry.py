@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from ai_assistant.daemon import registry as registries
 from ai_assistant.daemon.inspection import Inspection, inspect_here
 from ai_assistant.daemon.registry import Registry, check_descriptor, natural, parse_name
 from ai_assistant.engines.contract import LoadOptions
-from ai_assistant.errors import InvalidArgument, InvalidModel, NoSuchModel, NotSupported
+from ai_assistant.errors import InternalError, InvalidArgument, InvalidModel, NoSuchModel, NotSupported
 
 
 def put(folder: Path, name: str, version: str, model: Path, **metadata: object) -> Path:
@@ -105,10 +106,36 @@ def test_remove(tmp_path: Path, tiny_model: Path) -> None:
     made.scan()
     with pytest.raises(NotSupported):
         made.remove("assistant:1")
-    made.remove("mine:1")
+    grave = made.remove("mine:1")
+    assert grave is not None
+    assert (grave / "model.gguf").exists()
     assert (tmp_path / "state/mine/2").exists()
-    made.remove("mine:2")
+    other = made.remove("mine:2")
+    assert set((tmp_path / "state").iterdir()) == {grave, other}
+    Registry(tmp_path / "image", tmp_path / "state", LoadOptions()).scan()
     assert list((tmp_path / "state").iterdir()) == []
+    with pytest.raises(NoSuchModel):
+        made.get("mine")
+
+
+def test_a_folder_that_cannot_be_moved_stays_a_model(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "state", "mine", "1", tiny_model)
+    made = Registry(tmp_path / "image", tmp_path / "state", LoadOptions())
+    made.scan()
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(InternalError, match="Read-only"):
+        made.remove("mine:1")
+    assert made.get("mine").path is not None
+    monkeypatch.undo()
+    # Somebody else has deleted it: it goes all the same.
+    shutil.rmtree(tmp_path / "state" / "mine")
+    assert made.remove("mine:1") is None
     with pytest.raises(NoSuchModel):
         made.get("mine")
 

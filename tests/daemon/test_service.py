@@ -6,12 +6,16 @@ import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from ai_assistant.daemon import config as configuration
+from ai_assistant.daemon.authority import Authority
+from ai_assistant.daemon.bus.connection import ROOT, Call, Connection
 from ai_assistant.daemon.contract import Counters, caller
 from ai_assistant.daemon.jobs import JobTable
+from ai_assistant.daemon.publish import Publisher
 from ai_assistant.daemon.registry import Registry
 from ai_assistant.daemon.residency import Residency, load_options
 from ai_assistant.daemon.service import DaemonService
@@ -67,3 +71,43 @@ async def test_a_transient_model_is_its_users(service: DaemonService, tiny_model
     caller.set(MINE)
     assert await service.tokenize(entry.name, "x") == [1]
     await asyncio.gather(service.drop_owner(":1.5"), service.residency.close())
+
+
+async def test_two_imports_of_one_name_are_one_object(service: DaemonService, tiny_model: Path) -> None:
+    exported: dict[str, object] = {}
+    connection = Mock(spec=Connection)
+    connection.on_vanished = []
+    connection.export.side_effect = exported.setdefault
+    connection.unexport.side_effect = exported.pop
+    Publisher(connection, service, Mock(spec=Authority))
+    before = len(exported)
+    jobs = [await service.import_model(os.open(tiny_model, os.O_RDONLY), "two", f":1.{i}", MINE) for i in range(2)]
+    for each in jobs:
+        await each.wait()
+    models = [path for path in exported if "/models/" in path]
+    assert len(models) == 2
+    assert len(exported) == before + 3  # one model, two jobs
+    await service.remove("two:1")
+    assert [path for path in exported if "/models/" in path] == models[:1]
+    assert list(service.registry.state.iterdir()) == []
+
+
+async def test_one_broken_object_does_not_hide_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    connection = Connection()
+
+    class Good:
+        def properties(self) -> dict[str, object]:
+            if self is broken:
+                raise NoSuchModel("gone")
+            return {"Kind": "load", "State": "done", "Progress": 1.0, "Message": "", "Error": ["", ""], "Result": {},
+                    "Created": 1}  # fmt: skip
+
+        async def cancel(self, call: Call) -> None: ...
+
+    broken = None
+    handlers = [Good(), Good()]
+    for index, each in enumerate(handlers):
+        connection.export(f"{ROOT}/jobs/{index}", {"org.ai_assistant1.Job": each})
+    broken = handlers[0]
+    assert list(connection._managed()) == [f"{ROOT}/jobs/1"]
+    assert "jobs/0" in caplog.text
