@@ -63,7 +63,13 @@ class App:
         loading = load_options(self.config)
         registry = Registry(options.root / BUILTIN_DIRECTORY, options.state_directory / "models", loading)
         self._machine = Machine(options.root, options.state_directory)
-        residency = Residency(self.config, connector(options.worker_socket), self._machine.memory_available, counters)
+        residency = Residency(
+            self.config,
+            connector(options.worker_socket),
+            self._machine.memory_available,
+            counters,
+            memory_total=self._machine.memory_total,
+        )
         jobs = JobTable(per_owner=self.config.limits_jobs_per_caller)
         self.service = DaemonService(self.config, registry, residency, jobs, self._machine, counters)
         self._connection: Connection | None = None

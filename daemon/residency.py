@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ai_assistant.daemon.config import Config
@@ -27,9 +27,11 @@ from ai_assistant.errors import AIAssistantError, Busy, InternalError, NoSuchMod
 log = logging.getLogger(__name__)
 
 _STABLE_S = 60.0
-# A restart that comes this soon is waited for; a longer back-off is the error it is.
-_PATIENCE_S = 1.5
 """A worker that lived so long is not the same trouble as the crash before."""
+_PATIENCE_S = 1.5
+"""A restart that comes this soon is waited for; a longer back-off is the error it is."""
+MAX_WORKERS = 30
+"""The socket unit accepts 32 (MaxConnections=), and two of those may be ending."""
 
 
 class Worker(Protocol):
@@ -68,6 +70,8 @@ class _Slot:
     crashes: int = 0
     retry_at: float = 0.0
     gone: bool = False
+    promised: bool = False
+    """It loads, and the memory of its estimate was found free for it."""
 
 
 class Residency:
@@ -76,6 +80,8 @@ class Residency:
     Args:
         connect: starts a worker and returns it.
         memory_available: bytes that can be had without swapping, or None where nobody knows.
+        memory_total: bytes of the machine, or None. Mapped weights are page cache, which counts as available though
+            a loaded model needs it: what is left of the total is the other bound.
         changed: told the name of a model whose state changed.
     """
 
@@ -86,10 +92,12 @@ class Residency:
         memory_available: Callable[[], int | None],
         counters: Counters,
         changed: Callable[[str], None] = lambda name: None,
+        memory_total: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._config = config
         self._connect = connect
         self._memory_available = memory_available
+        self._memory_total = memory_total
         self._counters = counters
         self.changed = changed
         self._slots: dict[str, _Slot] = {}
@@ -133,12 +141,20 @@ class Residency:
                 yield event
 
     async def load(self, entry: Entry, progress: Callable[[float], None] = lambda value: None) -> None:
-        """Load now; returns when it is loaded. See `use` for errors."""
+        """Load now; returns when it is loaded. See `use` for errors.
+
+        Cancelling it ends a load that nobody else wants.
+        """
         slot = self._slot(entry)
         slot.progress.append(progress)
         try:
             async with self.use(entry):
                 pass
+        except asyncio.CancelledError:
+            if slot.load is not None and slot.active == 0:
+                slot.load.cancel()
+                await asyncio.wait([slot.load])
+            raise
         finally:
             slot.progress.remove(progress)
 
@@ -202,12 +218,16 @@ class Residency:
                     )
                 slot.load = asyncio.get_running_loop().create_task(self._load(slot))
                 slot.load.add_done_callback(_retrieve)
+            load = slot.load
             try:
-                await asyncio.shield(slot.load)
+                await asyncio.shield(load)
             except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not load.cancelled() or (task is not None and task.cancelling()):
+                    raise
                 if slot.gone:
                     raise NoSuchModel(f"the model {slot.entry.name} was removed") from None
-                raise
+                raise Busy(f"loading {slot.entry.name} was cancelled", hint="try again") from None
         if slot.worker is None:
             raise WorkerCrashed(f"the worker of {slot.entry.name} crashed while it was loading", hint="try again")
         return slot.worker
@@ -218,11 +238,14 @@ class Residency:
         worker: Worker | None = None
         try:
             await self._make_room(slot)
+            # Nothing waits in between, so the next one that asks for room counts this one.
+            slot.promised = True
             async with asyncio.timeout(self._config.worker_load_timeout_s):
                 worker = await self._connect()
                 await self._send_model(slot, worker)
         except BaseException as error:
             slot.load = None
+            slot.promised = False
             if worker is not None:
                 await worker.close()
             if isinstance(error, TimeoutError):
@@ -240,15 +263,21 @@ class Residency:
             raise
         slot.worker = worker
         slot.load = None
+        slot.promised = False
         slot.loaded_at = slot.last_used = self._now()
         slot.watch = asyncio.get_running_loop().create_task(self._watch(slot, worker))
         self._set(slot, ModelState.LOADED)
+        # Whoever wanted it may have left meanwhile: then nobody else starts the clock.
+        self._schedule_idle()
         log.info("loaded %s", name, extra={"MODEL": name})
 
     async def _send_model(self, slot: _Slot, worker: Worker) -> None:
+        options = slot.entry.options or self.options
+        if not options.memory_limit_bytes:
+            options = replace(options, memory_limit_bytes=memory_limit(slot.entry.memory_estimate_bytes))
         fd = slot.entry.open()
         try:
-            await worker.load(fd, slot.entry.options or self.options, lambda value: _tell(slot, value))
+            await worker.load(fd, options, lambda value: _tell(slot, value))
         finally:
             os.close(fd)
 
@@ -258,42 +287,56 @@ class Residency:
         return load_options(self._config)
 
     async def _make_room(self, slot: _Slot) -> None:
-        """Unload idle models until the estimate fits.
+        """Unload idle models until the estimate fits. None is unloaded for a model that would not fit even then.
 
         Raises:
             OutOfMemory: with the numbers.
+            Busy: as many workers as there may be, and all of them work.
         """
         needed = slot.entry.memory_estimate_bytes
         reserve = self._config.models_memory_reserve_bytes
         async with self._evicting:
             while True:
-                available = self._memory_available()
-                if available is None:
-                    return
-                # Others that load now have not taken their memory yet, and it is promised to them.
-                promised = sum(
-                    each.entry.memory_estimate_bytes
-                    for each in self._slots.values()
-                    if each is not slot and each.state is ModelState.LOADING and each.worker is None
-                )
-                if needed + reserve + promised <= available:
-                    return
                 idle = [each for each in self._slots.values() if each.worker is not None and each.active == 0]
-                if not idle:
-                    raise OutOfMemory(
-                        f"{slot.entry.name} needs about {needed} bytes of memory; {max(0, available - promised)} bytes "
-                        f"are available, of which {reserve} stay free",
-                        hint="unload a model, or set models.context_length lower",
-                    )
+                promised = [each for each in self._slots.values() if each.promised]
+                workers = len(promised) + sum(1 for each in self._slots.values() if each.worker is not None)
+                full = workers >= MAX_WORKERS
+                if full and not idle:
+                    raise Busy(f"{workers} models are in use", hint="wait until one of them has answered")
+                fits = True
+                available = self._available()
+                if available is not None:
+                    # Others that load now have not taken their memory yet, and it is promised to them.
+                    free = available - sum(each.entry.memory_estimate_bytes for each in promised)
+                    if free + sum(each.entry.memory_estimate_bytes for each in idle) < needed + reserve:
+                        raise self._too_large(slot, free)
+                    fits = needed + reserve <= free
+                if fits and not full:
+                    return
                 victim = min(idle, key=lambda each: each.last_used)
                 log.info("unloading %s to make room for %s", victim.entry.name, slot.entry.name)
                 await self._drop(victim)
-                await self._settled(needed + reserve + promised)
+                await self._settled(needed + reserve + sum(each.entry.memory_estimate_bytes for each in promised))
+
+    def _available(self) -> int | None:
+        """Bytes for models that are not loaded."""
+        available, total = self._memory_available(), self._memory_total()
+        if available is None or total is None:
+            return available
+        loaded = (each.entry.memory_estimate_bytes for each in self._slots.values() if each.worker is not None)
+        return min(available, total - sum(loaded))
+
+    def _too_large(self, slot: _Slot, free: int) -> OutOfMemory:
+        return OutOfMemory(
+            f"{slot.entry.name} needs about {slot.entry.memory_estimate_bytes} bytes of memory; {max(0, free)} bytes "
+            f"are available, of which {self._config.models_memory_reserve_bytes} stay free",
+            hint="unload a model, or set models.context_length lower",
+        )
 
     async def _settled(self, wanted: int) -> None:
         """A process takes a moment to give its memory back; do not evict the next one meanwhile."""
         for _ in range(20):
-            available = self._memory_available()
+            available = self._available()
             if available is None or available >= wanted:
                 return
             await asyncio.sleep(0.05)
@@ -369,6 +412,11 @@ class Residency:
                 task = asyncio.get_running_loop().create_task(self._drop(slot))
                 task.add_done_callback(_retrieve)
         self._schedule_idle()
+
+
+def memory_limit(estimate_bytes: int) -> int:
+    """What a worker may take for a model of that estimate, in bytes: enough for a wrong estimate, not for a leak."""
+    return int(estimate_bytes * 1.25) + (512 << 20)
 
 
 def load_options(config: Config) -> LoadOptions:

@@ -27,6 +27,10 @@ class Machine:
         """Bytes that programs can still have without swapping."""
         return sensors.memory(self._root)[1]
 
+    def memory_total(self) -> int | None:
+        """Bytes of the machine's memory."""
+        return sensors.memory(self._root)[0]
+
     def disk_free(self) -> int | None:
         """Bytes free for us where models are kept."""
         return sensors.disk(self._state_directory)[1]

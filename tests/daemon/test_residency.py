@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from ai_assistant.daemon import config as configuration
+from ai_assistant.daemon import residency as module
 from ai_assistant.daemon.config import Config
 from ai_assistant.daemon.contract import Counters, ModelState
 from ai_assistant.daemon.registry import Entry
-from ai_assistant.daemon.residency import Residency, Worker
+from ai_assistant.daemon.residency import Residency, Worker, memory_limit
 from ai_assistant.engines.contract import (
     Chunk,
     Event,
@@ -52,6 +53,7 @@ class Lab:
         self.fail: AIAssistantError | None = None
         self.gate = asyncio.Event()
         self.gate.set()
+        self.loads: list[LoadOptions] = []
 
     async def connect(self) -> Worker:
         worker = Scripted(self)
@@ -73,6 +75,7 @@ class Scripted:
     async def load(
         self, fd: int, options: LoadOptions, on_progress: Callable[[float], None] | None = None
     ) -> ModelInfo:
+        self.lab.loads.append(options)
         if on_progress is not None:
             on_progress(0.5)
         await asyncio.sleep(self.lab.load_s)
@@ -319,3 +322,98 @@ async def test_nothing_is_loaded_while_stopping(lab: Lab, config: Config, entrie
     await residency.close()
     with pytest.raises(Busy):
         await ask(residency, entries["a"])
+
+
+async def test_a_model_that_nobody_waited_for_is_idle(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, dataclasses.replace(config, models_idle_unload_s=0.15))
+    lab.load_s = 0.1
+    asking = asyncio.ensure_future(ask(residency, entries["a"]))
+    await asyncio.sleep(0.05)
+    asking.cancel()
+    await asyncio.sleep(0.1)
+    assert residency.state("a:1")[0] is ModelState.LOADED
+    await asyncio.sleep(0.25)
+    assert residency.state("a:1")[0] is ModelState.UNLOADED
+    assert lab.alive == []
+
+
+async def test_a_load_that_can_never_fit_evicts_nobody(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    for name in ("a", "b"):
+        await ask(residency, entries[name])
+    huge = dataclasses.replace(entries["c"], memory_estimate_bytes=1001 * MIB)
+    with pytest.raises(OutOfMemory, match=f"{400 * MIB} bytes are available"):
+        await ask(residency, huge)
+    assert len(lab.alive) == 2
+    # With all idle ones gone this one fits.
+    await ask(residency, dataclasses.replace(entries["d"], memory_estimate_bytes=1000 * MIB))
+    assert len(lab.alive) == 1
+
+
+async def test_memory_is_promised_only_to_those_that_have_room(
+    lab: Lab, config: Config, entries: dict[str, Entry]
+) -> None:
+    residency = make(lab, config)
+    lab.free, lab.load_s = 650 * MIB, 0.05
+    huge = dataclasses.replace(entries["c"], memory_estimate_bytes=900 * MIB)
+    results = await asyncio.gather(
+        ask(residency, huge), ask(residency, entries["a"]), ask(residency, entries["b"]), return_exceptions=True
+    )
+    # All three are loading at once; the one that is refused keeps nothing from the others.
+    assert [isinstance(each, OutOfMemory) for each in results] == [True, False, False]
+
+
+async def test_mapped_weights_are_not_available(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    # As with weights in the page cache: the kernel calls all of the machine available.
+    residency = Residency(config, lab.connect, lambda: 1000 * MIB, Counters(), memory_total=lambda: 1000 * MIB)
+    lab.gate.clear()
+    running = [asyncio.ensure_future(ask(residency, entries[name])) for name in "abc"]
+    await asyncio.sleep(0.1)
+    with pytest.raises(OutOfMemory, match=f"{100 * MIB} bytes are available"):
+        await ask(residency, entries["d"])
+    lab.gate.set()
+    await asyncio.gather(*running)
+    await ask(residency, entries["d"])
+    assert len(lab.alive) == 3
+
+
+async def test_workers_are_bounded(
+    lab: Lab, config: Config, entries: dict[str, Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_WORKERS", 2)
+    residency = make(lab, config)
+    lab.gate.clear()
+    running = [asyncio.ensure_future(ask(residency, entries[name])) for name in "ab"]
+    await asyncio.sleep(0.05)
+    with pytest.raises(Busy, match="2 models are in use"):
+        await ask(residency, entries["c"])
+    lab.gate.set()
+    await asyncio.gather(*running)
+    await ask(residency, entries["c"])
+    assert len(lab.alive) == 2
+
+
+async def test_cancelling_a_load_ends_it(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    lab.load_s = 60
+    loading = asyncio.ensure_future(residency.load(entries["a"]))
+    await asyncio.sleep(0.05)
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    assert lab.alive == []
+    assert residency.state("a:1")[0] is ModelState.UNLOADED
+    # Somebody else waits for the same load: it goes on.
+    lab.load_s = 0.1
+    loading = asyncio.ensure_future(residency.load(entries["a"]))
+    asking = asyncio.ensure_future(ask(residency, entries["a"]))
+    await asyncio.sleep(0.05)
+    loading.cancel()
+    assert len(await asking) == 2
+    assert len(lab.workers) == 2
+
+
+async def test_each_worker_has_a_limit(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    await ask(residency, entries["a"])
+    assert lab.loads[0].memory_limit_bytes == memory_limit(300 * MIB) == 887 * MIB
