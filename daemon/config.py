@@ -61,9 +61,9 @@ ROWS: tuple[Row, ...] = (
     Row("worker.restart_attempts", int, 5, "restarts in a row before giving up until the next request", high=1000),
     Row("service.drain_s", float, 10.0, "time that running generations get to finish on shutdown", high=3600),
     Row("limits.calls_per_caller", int, 64, "unanswered calls of one bus connection", low=1, high=65_536),
-    Row("limits.streams_per_caller", int, 16, "open streams of one bus connection", low=1, high=65_536),
-    Row("limits.jobs_per_caller", int, 16, "unfinished jobs of one bus connection", low=1, high=65_536),
-    Row("limits.models_per_caller", int, 16, "transient models of one bus connection", low=1, high=65_536),
+    Row("limits.streams_per_caller", int, 16, "open streams of one user", low=1, high=65_536),
+    Row("limits.jobs_per_caller", int, 16, "unfinished jobs of one user", low=1, high=65_536),
+    Row("limits.models_per_caller", int, 16, "transient models of one user", low=1, high=65_536),
 )  # fmt: skip
 _BY_KEY = {row.key: row for row in ROWS}
 _SECTIONS = {row.key.partition(".")[0] for row in ROWS}

@@ -72,7 +72,7 @@ class JobTable:
 
     Args:
         added, changed, removed: told about each job, on the event loop.
-        per_owner: unfinished jobs that one caller may have.
+        per_owner: unfinished jobs that one user may have.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class JobTable:
         """Start `work`, which gets the job and returns its result.
 
         Raises:
-            Busy: the caller has too many unfinished jobs.
+            Busy: the user has too many unfinished jobs.
         """
-        self.check_room(owner)
+        self.check_room(owner_uid)
         job = Job(self._next, kind, owner, owner_uid, int(time.time()))
         job._changed = lambda each: self.changed(each)
         self._next += 1
@@ -108,9 +108,9 @@ class JobTable:
         job.task.add_done_callback(lambda task: self._ended(job))
         return job
 
-    def check_room(self, owner: str) -> None:
-        """Raise Busy when `owner` may not start another job."""
-        running = sum(1 for job in self._jobs.values() if job.owner == owner and job.state not in ENDED)
+    def check_room(self, owner_uid: int) -> None:
+        """Raise Busy when that user may not start another job."""
+        running = sum(1 for job in self._jobs.values() if job.owner_uid == owner_uid and job.state not in ENDED)
         if running >= self._per_owner:
             raise Busy(f"you have {running} unfinished jobs", hint="wait for one of them, or cancel it")
 

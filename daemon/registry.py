@@ -68,6 +68,8 @@ class OpenFile:
             return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             # The daemon may not open this file by itself; whoever passed it could.
+            if not _read_only(self._fd):
+                raise
             return os.dup(self._fd)
 
     def close(self) -> None:
@@ -137,10 +139,19 @@ class Registry:
         self.state = state
         self.options = options
         self._entries: dict[str, Entry] = {}
+        self.problem = ""
+        """Why imported models cannot be kept; empty when they can."""
 
     def scan(self) -> None:
         """Read both folders and remove what interrupted imports left behind. Unusable models are logged."""
-        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.problem = ""
+        try:
+            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.listdir(self.state)  # noqa: PTH208 - glob below hides what is wrong with the folder
+        except OSError as error:
+            # What the image brings still answers, and health says what is wrong.
+            self.problem = f"imported models cannot be used: {self.state}: {error.strerror}"
+            log.error("%s", self.problem)
         for leftover in self.state.glob(PARTIAL_PREFIX + "*"):
             log.warning("removing an interrupted import: %s", leftover.name)
             shutil.rmtree(leftover, ignore_errors=True)
@@ -312,13 +323,20 @@ def _remembered(values: Mapping[str, Any], status: os.stat_result) -> Inspection
         return None
 
 
+def _read_only(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+
+
 def check_descriptor(fd: int) -> os.stat_result:
-    """Make sure that `fd` is a regular file that can be read.
+    """Make sure that `fd` is a regular file that can be read, and be given to a worker for reading only.
 
     Raises:
         InvalidModel: it is something else.
     """
-    status = os.fstat(fd)
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        raise InvalidModel(f"the file cannot be used: {error.strerror}", param="file") from error
     if not stat.S_ISREG(status.st_mode):
         raise InvalidModel("the descriptor is not a regular file", param="file")
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -326,4 +344,10 @@ def check_descriptor(fd: int) -> os.stat_result:
         raise InvalidModel("the descriptor is not open for reading", param="file")
     if status.st_size == 0:
         raise InvalidModel("the file is empty", param="file")
+    if not _read_only(fd):
+        try:
+            os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            hint = "open the file for reading only"
+            raise InvalidModel("the descriptor may write to the file", hint=hint, param="file") from None
     return status

@@ -57,6 +57,7 @@ class DaemonService:
         self.on_added: Callable[[str], None] = lambda name: None
         self.on_removed: Callable[[str], None] = lambda name: None
         self.on_state: Callable[[], None] = lambda: None
+        self._working = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -79,7 +80,7 @@ class DaemonService:
         counters = self.counters
         counters.requests += 1
         counters.running += 1
-        self._idle.clear()
+        self._begin()
         finished = False
         tokens = 0
         try:
@@ -105,27 +106,33 @@ class DaemonService:
                 counters.cancelled += 1
                 # The engine reports usage only at the end; chunks are the nearest count there is.
                 counters.completion_tokens += tokens
-            if not counters.running:
-                self._idle.set()
+            self._end()
 
     async def embed(self, name: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         entry = self._entry(name)
         self._accepting()
         self.counters.requests += 1
+        self._begin()
         try:
             async with self.residency.use(entry) as worker:
                 vectors, tokens = await worker.embed(texts)
         except AIAssistantError:
             self.counters.errors += 1
             raise
+        finally:
+            self._end()
         self.counters.prompt_tokens += tokens
         return vectors, tokens
 
     async def tokenize(self, name: str, text: str) -> list[int]:
         entry = self._entry(name)
         self._accepting()
-        async with self.residency.use(entry) as worker:
-            return await worker.tokenize(text)
+        self._begin()
+        try:
+            async with self.residency.use(entry) as worker:
+                return await worker.tokenize(text)
+        finally:
+            self._end()
 
     def status(self) -> Mapping[str, Any]:
         return {
@@ -142,6 +149,16 @@ class DaemonService:
         self.counters.completion_tokens += usage.completion_tokens
         self.counters.prefill_s += usage.prefill_s
         self.counters.decode_s += usage.decode_s
+
+    def _begin(self) -> None:
+        """One more that `drain` waits for."""
+        self._working += 1
+        self._idle.clear()
+
+    def _end(self) -> None:
+        self._working -= 1
+        if not self._working:
+            self._idle.set()
 
     def _accepting(self) -> None:
         if self.state == "stopping":
@@ -177,6 +194,8 @@ class DaemonService:
             for state, error in [self.residency.state(entry.name)]
             if state is ModelState.FAILED
         ]
+        if self.registry.problem:
+            problems.append(self.registry.problem)
         if not any(entry.builtin for entry in self.registry.all()):
             problems.append("the built-in model is missing")
         free = self.machine.disk_free()
@@ -202,7 +221,7 @@ class DaemonService:
             bare, version = parse_name(name)
             full = f"{bare}:{version}"
             self._accepting()
-            self.jobs.check_room(owner)
+            self.jobs.check_room(uid)
             source = await self._source(fd, load_options(self.config))
             self._check_target(full, source)
             if not any(entry.name == full for entry in self.registry.all()):
@@ -255,19 +274,20 @@ class DaemonService:
             if ":" in prefix:
                 raise InvalidArgument("the name of a transient model has no version", param="name")
             self._accepting()
-            mine = sum(1 for entry in self.registry.all() if entry.owner == owner)
-            if mine >= self.config.limits_models_per_caller:
-                raise Busy(f"you have {mine} transient models", hint="remove one of them")
+            user = os.getuid() if uid is None else uid
+            self._check_transient(user)
             options = load_options(self.config)
             if context_length:
                 options = replace(options, context_length=context_length)
             source = await self._source(fd, options)
+            # Others of the same user may have come while the file was looked at.
+            self._check_transient(user)
             entry = self.registry.add_transient(
                 fd,
                 source.found,
                 prefix,
                 owner,
-                os.getuid() if uid is None else uid,
+                user,
                 int(time.time()),
                 options=options if context_length else None,
             )
@@ -276,6 +296,11 @@ class DaemonService:
             raise
         self.on_added(entry.name)
         return entry
+
+    def _check_transient(self, uid: int) -> None:
+        mine = sum(1 for entry in self.registry.all() if entry.transient and entry.owner_uid == uid)
+        if mine >= self.config.limits_models_per_caller:
+            raise Busy(f"you have {mine} transient models", hint="remove one of them")
 
     def start_load(self, name: str, owner: str, uid: int) -> Job:
         """Load a model as a job.
@@ -287,9 +312,11 @@ class DaemonService:
         self._accepting()
 
         async def work(job: Job) -> Mapping[str, Any]:
-            job.report(0.0, f"loading {entry.name}")
-            await self.residency.load(entry, job.report)
-            return {"name": entry.name}
+            # It may have been removed since, and another imported under its name.
+            current = self.registry.get(entry.name, uid)
+            job.report(0.0, f"loading {current.name}")
+            await self.residency.load(current, job.report)
+            return {"name": current.name}
 
         return self.jobs.start("load", owner, uid, work)
 
@@ -368,4 +395,4 @@ class DaemonService:
             async with asyncio.timeout(self.config.service_drain_s):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("cancelling %d generations", self.counters.running)
+            log.warning("cancelling %d requests", self._working)

@@ -35,7 +35,7 @@ class Inference:
     def __init__(self, service: DaemonService, authority: Authority) -> None:
         self._service = service
         self._authority = authority
-        self._streams: Counter[str] = Counter()
+        self._streams: Counter[int] = Counter()
         self._pumps: set[asyncio.Task[None]] = set()
 
     def properties(self) -> Mapping[str, Any]:
@@ -61,28 +61,28 @@ class Inference:
         from ai_assistant.daemon.api.jsonbody import parse_object
         from ai_assistant.daemon.api.openai import parse_chat
 
-        await self._authority.require(call, Scope.INFER)
+        uid = await self._authority.require(call, Scope.INFER)
         body = parse_object(request.encode("utf-8", "replace"))
         name, parsed, options = parse_chat(body | {"stream": True})
-        if self._streams[call.sender] >= self._service.config.limits_streams_per_caller:
+        if self._streams[uid] >= self._service.config.limits_streams_per_caller:
             raise Busy("too many open streams", hint="close one of them")
-        self._streams[call.sender] += 1
+        self._streams[uid] += 1
         events = self._service.generate(name, parsed)
         try:
             # What is wrong with the request is known by the first event, and then it is an error of this call.
             first = await anext(events)
             ours, theirs = socket.socketpair()
         except StopAsyncIteration:
-            self._released(call.sender)
+            self._released(uid)
             raise InternalError("the generation ended without a result") from None
         except BaseException:
-            self._released(call.sender)
+            self._released(uid)
             await events.aclose()
             raise
         task = asyncio.get_running_loop().create_task(self._pump(ours, name, events, first, options))
         self._pumps.add(task)
         task.add_done_callback(self._pumps.discard)
-        task.add_done_callback(lambda done: self._released(call.sender))
+        task.add_done_callback(lambda done: self._released(uid))
         return Outgoing(theirs.detach())
 
     async def embed(self, call: Call, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
@@ -94,10 +94,10 @@ class Inference:
             raise InvalidArgument("the vectors are too large for one reply", hint="send fewer texts", param="texts")
         return vectors, tokens
 
-    def _released(self, sender: str) -> None:
-        self._streams[sender] -= 1
-        if self._streams[sender] <= 0:
-            del self._streams[sender]
+    def _released(self, uid: int) -> None:
+        self._streams[uid] -= 1
+        if self._streams[uid] <= 0:
+            del self._streams[uid]
 
     async def _pump(
         self, ours: socket.socket, model: str, events: AsyncGenerator[Event], first: Event, options: Any

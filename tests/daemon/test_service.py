@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -14,16 +18,17 @@ from ai_assistant.daemon import config as configuration
 from ai_assistant.daemon.authority import Authority
 from ai_assistant.daemon.bus.connection import ROOT, Call, Connection
 from ai_assistant.daemon.contract import Counters, caller
+from ai_assistant.daemon.inspection import Inspection
 from ai_assistant.daemon.jobs import JobTable
 from ai_assistant.daemon.publish import Publisher
-from ai_assistant.daemon.registry import Registry
+from ai_assistant.daemon.registry import Entry, Registry, check_descriptor
 from ai_assistant.daemon.residency import Residency, load_options
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.status import Machine
 from ai_assistant.engines.contract import GenerateRequest
-from ai_assistant.errors import NoSuchModel
+from ai_assistant.errors import Busy, InvalidModel, NoSuchModel
 from tests.daemon.test_registry import put
-from tests.daemon.test_residency import Lab
+from tests.daemon.test_residency import INFO, Lab
 
 MINE, OTHER = 1000, 1001
 
@@ -111,3 +116,66 @@ async def test_one_broken_object_does_not_hide_the_others(caplog: pytest.LogCapt
     broken = handlers[0]
     assert list(connection._managed()) == [f"{ROOT}/jobs/1"]
     assert "jobs/0" in caplog.text
+
+
+async def test_transient_models_are_limited_per_user(service: DaemonService, tiny_model: Path) -> None:
+    service.config = dataclasses.replace(service.config, limits_models_per_caller=2)
+
+    async def pass_one(connection: int, uid: int) -> Entry:
+        return await service.open_model(os.open(tiny_model, os.O_RDONLY), "x", 0, f":1.{connection}", uid)
+
+    # All at once and from five connections: each is looked at before any is there.
+    made = await asyncio.gather(*(pass_one(each, MINE) for each in range(5)), return_exceptions=True)
+    assert sum(isinstance(each, Busy) for each in made) == 3
+    await pass_one(9, OTHER)
+    for connection in range(10):
+        await service.drop_owner(f":1.{connection}")
+
+
+async def test_a_stop_waits_for_embeddings_and_tokens(service: DaemonService, lab: Lab) -> None:
+    lab.load_s = 0.2
+    running: list[asyncio.Future[Any]] = [asyncio.ensure_future(service.embed("assistant", ["x"]))]
+    running.append(asyncio.ensure_future(service.tokenize("assistant", "x")))
+    await asyncio.sleep(0.05)
+    await service.drain()
+    assert all(each.done() and each.exception() is None for each in running)
+    await service.residency.close()
+
+
+async def test_a_load_job_takes_the_model_of_that_moment(service: DaemonService, tiny_model: Path) -> None:
+    put(service.registry.state, "mine", "1", tiny_model)
+    service.registry.scan()
+    job = service.start_load("mine", ":1.5", MINE)
+    await service.remove("mine:1")
+    with pytest.raises(NoSuchModel):
+        await job.wait()
+
+
+async def test_a_state_folder_that_cannot_be_is_told(tmp_path: Path, service: DaemonService) -> None:
+    (tmp_path / "file").write_text("")
+    service.registry.state = tmp_path / "file" / "models"
+    service.registry.scan()
+    assert service.model("assistant").builtin
+    assert "imported models cannot be used" in service.health()
+    assert service.current_state() == "degraded"
+
+
+def test_writable_descriptors_are_not_handed_on(tmp_path: Path, tiny_model: Path, registry: Registry) -> None:
+    path = tmp_path / "copy"
+    path.write_bytes(tiny_model.read_bytes())
+    fd = os.open(path, os.O_RDWR)
+    entry = registry.add_transient(fd, Inspection(INFO, 1), "x", ":1.5", MINE, 1)
+    check_descriptor(fd)
+    other = entry.open()
+    assert fcntl.fcntl(other, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    os.close(other)
+    with pytest.MonkeyPatch.context() as patch:
+        # As for a file that only its owner may open.
+        patch.setattr(os, "open", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+        with pytest.raises(InvalidModel, match="may write"):
+            check_descriptor(fd)
+        with pytest.raises(InvalidModel, match="Permission denied"):
+            entry.open()
+    registry.remove(entry.name)
+    with pytest.raises(InvalidModel, match="Bad file descriptor"):
+        check_descriptor(fd)
