@@ -36,6 +36,18 @@ def test_the_fallback_is_chatml() -> None:
         ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "1"),
         ("{{ 'a,b'.split(',')[-1] }}{{ ' x '.strip() }}{{ messages[::-1][0].role }}", "bxuser"),
         ("{{ '%s-%02d' % ('a', 3) }}{{ '{}'.format(5) }}{{ 'q' | replace('q', 'r') }}", "a-035r"),
+        (
+            "{{ '7' | int + 1 }}{{ 'x' | int }}{{ '2.5' | float }}{{ 2.5 | round | int }}{{ 2.345 | round(2) }}",
+            "802.522.35",
+        ),
+        (
+            "{{ 2.1 | round(0, 'ceil') }}{{ 2.9 | round(method='floor') }}{{ [1, 2] | sum }}{{ 7 // 2 - 2 ** 3 }}",
+            "3.02.03-5",
+        ),
+        ("{{ '<a>' | e }}{{ '<a>' | safe }}{{ ' x ' | trim }}{{ 'xax' | trim('x') }}", "&lt;a&gt;<a>xa"),
+        ("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}{{ 'a' in {'a': 1}.keys() }}", "a1True"),
+        ("{{ 'a</think>b'.split('</think>')[-1].lstrip('\n') }}{{ 'a-b'.rsplit('-', 1)[0] }}", "ba"),
+        ("{% set x %}{% for i in range(3) %}{{ i }}{% endfor %}{% endset %}{{ x | upper }}", "012"),
         ("{{ ['a', 'b'] | join('+') }}{{ (1, 2) | length }}{{ 'a\nb' | indent(2) }}", "a+b2a\n  b"),
     ],
 )
@@ -105,11 +117,37 @@ _BOMBS = [
     "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
     "{% set ns = namespace(x=1) %}{% for i in range(60) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}",
     "{% for i in range(9999) %}{{ 'x' * 99999 }}{% endfor %}",
-    "{{ 'a' * 10**9 }}", "{{ [1] * 10**9 }}", "{{ 10**10**10 }}", "{{ 'x'.center(10**12) }}", "{{ 'x'.zfill(10**10) }}",
+    "{{ 'a' * 10**9 }}", "{{ [1] * 10**9 }}", "{{ 10**(10**10) }}", "{{ 'x'.center(10**12) }}", "{{ 'x'.zfill(10**10) }}",
     "{{ '%1000000000d' % 1 }}", "{{ '%*d' % (10**9, 1) }}", "{{ '{:1000000000}'.format(1) }}",
     "{{ '{:{}}'.format(1, 10**9) }}",
     "{% for x in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
     "{{ range(99999) | map('string') | join('a' * 1000) }}",
+    # The longest format string that a pattern in quadratic time would take an hour for.
+    "{{ (':' * 9999999) % 1 }}", "{{ (':' * 9999999).format(1) }}",
+    "{{ ('{0}' * 1000).format('x' * 10**7) }}", "{{ ('%(a)s' * 500) % {'a': 'x' * 10**7} }}",
+    "{{ ('{a}' * 1000).format_map({'a': 'x' * 10**7}) }}",
+    # Numbers: long products, quotients, powers, and digits in between.
+    "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "{{ 0x" + "f" * 400_000 + " // 0x" + "e" * 200_000 + " }}", "{{ 0x" + "f" * 400_000 + " % 7 }}",
+    "{{ ('f' * 10**7) | int(base=16) * 2 + 2**2000 }}", "{{ (2**1000) ** 64 }}", "{{ 2 ** -(10**9) }}",
+    "{{ 1 | round(10**9, 'ceil') }}", "{{ 5 | round(-(10**9)) }}", "{{ (5).to_bytes(10**9, 'big') }}",
+    "{{ [1.5, 10**300, 10**300] | sum * 10**300 }}", "{{ [2**1023, 2**1023, 2**1023] | sum }}",
+    "{{ [[1] * 300] * 300 | list }}{{ ([[1]] * 60000) | sum(start=[]) }}",
+    # Methods and filters of text.
+    "{{ ('a' * 10**7).rfind('b' + 'a' * 5 * 10**6) }}", "{{ ('a' * 10**7).strip('b' * 10**7 + 'a') }}",
+    "{{ ('a' * 10**7) | trim('b' * 10**7 + 'a') }}", "{{ 'x'.encode().center(10**9) }}",
+    "{{ ('\t' * 10**6).expandtabs(90000) }}", "{{ ('x' * 10**6).translate({120: 'y' * 10**6}) }}",
+    "{{ ('<!--' * 10**6) | striptags }}", "{{ ('x ' * 8 * 10**6).split() }}", "{{ ('x,' * 8 * 10**6).split(',') }}",
+    "{{ ('&' * 10**7) | e }}", "{{ ('x' * 10**7) | list }}", "{{ ('\n' * 10**6) | indent(width='x' * 100) }}",
+    # Collected, not printed.
+    "{% set x = 'x' * 10**7 %}{% set y %}{% for i in range(9999) %}{{ x }}{% endfor %}{% endset %}",
+    "{% macro m() %}{% for i in range(9999) %}{{ 'x' * 10**7 }}{% endfor %}{% endmacro %}{% set y = m() %}",
+    # Printed once, reachable many times.
+    "{% set a = namespace() %}" + "{% set a = namespace(x=a, y=a) %}" * 99 + "{{ [a, a * 2] }}",
+    "{% set a = {'x': 1} %}" + "{% set a = {'x': a.items(), 'y': a.items()} %}" * 60 + "{{ a }}",
+    # Without a loop, nothing but the clock.
+    "{% set x = 'xy' * 8 * 10**6 %}" + "{% set y = x | upper | lower | title %}" * 5000,
+    "{% set x = 'xy' * 8 * 10**6 %}" + "{% set y = x.upper().lower().title() %}" * 5000,
 ]  # fmt: skip
 
 
@@ -120,6 +158,18 @@ def test_bombs_go_off_in_nobodys_hands(source: str) -> None:
         ChatTemplate(source).render([_USER])
     assert caught.value.name == "InvalidModel"
     assert time.monotonic() - start < 15
+
+
+def test_nothing_is_computed_when_a_template_is_compiled() -> None:
+    source = "{{ ('xy' * 8 * 10**6) | upper | lower | title | length }}" * 200
+    start = time.process_time()
+    ChatTemplate(source)
+    assert time.process_time() - start < 2
+
+
+def test_printing_namespaces_that_hold_each_other() -> None:
+    source = "{% set a = namespace() %}" + "{% set a = namespace(x=a, y=a) %}" * 99 + "{{ a }}"
+    assert ChatTemplate(source).render([_USER]) == "<namespace>"
 
 
 @pytest.mark.parametrize(
