@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from dbus_fast import Message, MessageFlag, MessageType, Variant
 
 from ai_assistant.daemon.bus import schema, standard
-from ai_assistant.daemon.bus.wire import MAX_MESSAGE_BYTES, BusError, Incoming, Wire
+from ai_assistant.daemon.bus.wire import MAX_MESSAGE_BYTES, SMALL_MESSAGE_BYTES, BusError, Header, Incoming, Wire
 from ai_assistant.errors import AIAssistantError, Busy, InternalError, InvalidArgument
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ BUS_NAME = "org.ai_assistant1"
 ROOT = "/org/ai_assistant1"
 _ERROR = "org.freedesktop.DBus.Error."
 _CHANGE_INTERVAL_S = 0.25
+_LARGE = frozenset({"Generate", "OpenStream", "Embed"})
+"""Methods that take texts."""
 
 
 class Handler(Protocol):
@@ -85,7 +87,7 @@ class Connection:
         self.on_vanished: list[Callable[[str], None]] = []
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = self._loop.create_future()
-        self.wire = Wire(self._receive, self._on_lost)
+        self.wire = Wire(self._receive, self._on_lost, self._worth)
 
     async def connect(self, address: str = "") -> None:
         """Join the bus; call `own_name` when all objects are there.
@@ -223,11 +225,30 @@ class Connection:
 
     # ---- calls
 
+    def _worth(self, header: Header) -> int:
+        """Size up to which a message is decoded; 0: what it carries is not what its receiver takes."""
+        if header.kind is MessageType.SIGNAL:
+            wanted = ("org.freedesktop.DBus", "NameOwnerChanged", "sss")
+            return SMALL_MESSAGE_BYTES if (header.sender, header.member, header.signature) == wanted else 0
+        standing = standard.METHODS.get((header.interface, header.member))
+        if standing is not None:
+            return SMALL_MESSAGE_BYTES if header.signature == standing else 0
+        method = self._method(header)
+        if method is None or header.signature != method.in_signature:
+            return 0
+        return MAX_MESSAGE_BYTES if method.name in _LARGE else SMALL_MESSAGE_BYTES
+
+    def _method(self, header: Header) -> schema.Method | None:
+        for name in self._objects.get(header.path, ()):
+            if header.interface in ("", name) and header.member in self._schemas[name].methods:
+                return self._schemas[name].methods[header.member]
+        return None
+
     def _receive(self, incoming: Incoming) -> None:
         header = incoming.header
         if header.kind is MessageType.SIGNAL:
             _close(incoming.fds)
-            if header.member == "NameOwnerChanged" and header.sender == "org.freedesktop.DBus":
+            if self._worth(header) and incoming.body:
                 self._vanished(incoming.body[0])
             return
         running = self._calls.setdefault(header.sender, set())
@@ -259,7 +280,7 @@ class Connection:
         try:
             if incoming.oversize:
                 raise InvalidArgument(
-                    f"the message is larger than {MAX_MESSAGE_BYTES} bytes",
+                    f"the message is larger than {self._worth(incoming.header)} bytes",
                     hint="pass bulk data as a descriptor or use the socket",
                 )
             signature, body = await self._dispatch(incoming, descriptors)
@@ -294,6 +315,9 @@ class Connection:
             raise DBusFault(
                 "InvalidArgs", f"{method.name} takes {method.in_signature or 'nothing'}, not {header.signature[:80]}"
             )
+        if incoming.unread:
+            # The object came after the message did.
+            raise DBusFault("UnknownObject", f"no object at {header.path[:200]}")
         arguments: list[Any] = []
         for each, value in zip(method.inputs, incoming.body, strict=True):
             if each.type == "h":

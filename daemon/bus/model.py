@@ -61,7 +61,8 @@ class ModelObject:
     async def remove(self, call: Call) -> None:
         if not self._owned_by(call):
             await self._authority.require(call, Scope.REMOVE)
-        await self._service.remove(self._name)
+        # Also when it is busy: it may be the model that keeps its worker busy for ever.
+        await self._service.remove(self._name, force=True)
 
     def _owned_by(self, call: Call) -> bool:
         # Bus names are never given twice, so this cannot be another connection.

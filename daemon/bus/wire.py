@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4 << 20
 """Largest message that is decoded. Larger ones are answered with an error and never held."""
+SMALL_MESSAGE_BYTES = 64 << 10
+"""Enough for a call that carries no texts."""
 MAX_REPLY_BYTES = 24 << 20
 """A stock dbus-daemon disconnects whoever sends more than 32 MiB."""
 MAX_QUEUE_BYTES = 64 << 20
@@ -73,12 +75,14 @@ class Header:
 
 @dataclass(slots=True)
 class Incoming:
-    """A message with its body decoded; whoever receives it owns `fds`. `oversize` ones have no body."""
+    """A message with its body decoded; whoever receives it owns `fds`. `oversize` and `unread` ones have no body."""
 
     header: Header
     body: list[Any] = field(default_factory=list)
     fds: list[int] = field(default_factory=list)
     oversize: bool = False
+    unread: bool = False
+    """Nobody takes a body of that signature."""
 
 
 class BusError(Exception):
@@ -149,11 +153,19 @@ class Wire:
     Args:
         receive: called for every method call and signal; owns the descriptors of what it is given.
         lost: called once when the bus is gone, with the reason.
+        limit: the size up to which a call or signal is worth decoding, in bytes; 0: its body is not even looked at,
+            since a small body of some signatures takes a hundred times its size when it is decoded.
     """
 
-    def __init__(self, receive: Callable[[Incoming], None], lost: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        receive: Callable[[Incoming], None],
+        lost: Callable[[Exception], None],
+        limit: Callable[[Header], int] = lambda header: MAX_MESSAGE_BYTES,
+    ) -> None:
         self._receive = receive
         self._lost = lost
+        self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
         self._buffer = bytearray()
@@ -315,7 +327,7 @@ class Wire:
         if sock is None:
             return
         try:
-            data, control, _, _ = sock.recvmsg(_READ_BYTES, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+            data, control, flags, _ = sock.recvmsg(_READ_BYTES, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -324,6 +336,10 @@ class Wire:
         for level, kind, content in control:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._fds.extend(array.array("i", content[: len(content) // 4 * 4]))
+        if flags & socket.MSG_CTRUNC:
+            # Some are lost, and nobody can tell which: the rest would go to the wrong messages.
+            self._end(ConnectionError("descriptors were lost: too many are open"), tell=True)
+            return
         if not data:
             self._end(ConnectionError("the bus closed the connection"), tell=True)
             return
@@ -348,9 +364,10 @@ class Wire:
                 self._skip = header.total_bytes
                 _close(self._take(header.unix_fds))
                 continue
-            if header.total_bytes > MAX_MESSAGE_BYTES:
+            most = self._worth(header)
+            if header.total_bytes > most:
                 self._skip = header.total_bytes
-                self._deliver(Incoming(header, fds=self._take(header.unix_fds), oversize=True))
+                self._deliver(Incoming(header, fds=self._take(header.unix_fds), oversize=most > 0, unread=most == 0))
                 continue
             if len(self._buffer) < header.total_bytes:
                 return
@@ -369,6 +386,11 @@ class Wire:
             else:
                 self._deliver(Incoming(header, message.body, fds))
 
+    def _worth(self, header: Header) -> int:
+        if header.kind in (MessageType.METHOD_RETURN, MessageType.ERROR):
+            return MAX_MESSAGE_BYTES if header.reply_serial in self._calls else 0
+        return self._limit(header)
+
     def _take(self, count: int) -> list[int]:
         return [self._fds.popleft() for _ in range(min(count, len(self._fds)))]
 
@@ -378,7 +400,7 @@ class Wire:
             future = self._calls.get(header.reply_serial)
             if future is None or future.done():
                 _close(incoming.fds)
-            elif incoming.oversize:
+            elif incoming.oversize or incoming.unread:
                 _close(incoming.fds)
                 future.set_exception(BusError("org.freedesktop.DBus.Error.LimitsExceeded", "the reply is too large"))
             else:

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from dbus_fast import Message, Variant
 
-from ai_assistant.daemon.bus.wire import MAX_MESSAGE_BYTES
+from ai_assistant.daemon.bus.wire import MAX_MESSAGE_BYTES, SMALL_MESSAGE_BYTES
 from tests.bus.client import ROOT, Client, Refused, connected
 from tests.bus.world import World
 
@@ -60,7 +60,25 @@ async def test_the_largest_message_that_is_decoded(world: World, client: Client)
     text = "x" * (MAX_MESSAGE_BYTES - 1000)
     for _ in range(3):
         with pytest.raises(Refused, match="NoSuchModel"):
-            await client.call("Manager", "FindModel", "s", text)
+            await client.call("Inference", "Generate", "ssa{sv}", "none", text, {})
+    with pytest.raises(Refused, match="NoSuchModel"):
+        await client.call("Manager", "FindModel", "s", text[: SMALL_MESSAGE_BYTES - 1000])
+    with pytest.raises(Refused, match="larger than"):
+        await client.call("Manager", "FindModel", "s", text[:SMALL_MESSAGE_BYTES])
+
+
+async def test_what_no_method_takes_is_never_decoded(world: World, client: Client) -> None:
+    # Three bytes each on the wire, a hundred times that as objects.
+    many: list[list[str]] = [[] for _ in range(500_000)]
+    before = world.memory("VmHWM")
+    for path, interface, member, error in (
+        (ROOT, "org.ai_assistant1.Inference", "OpenStream", "InvalidArgs"),
+        (ROOT, "org.ai_assistant1.Manager", "Nope", "UnknownMethod"),
+        ("/nowhere", "org.ai_assistant1.Manager", "GetStatus", "UnknownObject"),
+    ):
+        with pytest.raises(Refused, match=error):
+            await client.raw(path, interface, member, "aas", many)
+    assert world.memory("VmHWM") < before + 8 * MIB
 
 
 async def test_unexpected_descriptors_are_closed(world: World, client: Client, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from ai_assistant.daemon import config as configuration
 from ai_assistant.daemon.authority import Authority
 from ai_assistant.daemon.bus.connection import ROOT, Call, Connection
-from ai_assistant.daemon.contract import Counters, caller
+from ai_assistant.daemon.bus.model import ModelObject
+from ai_assistant.daemon.contract import Counters, Scope, caller
 from ai_assistant.daemon.inspection import Inspection
 from ai_assistant.daemon.jobs import JobTable
 from ai_assistant.daemon.publish import Publisher
@@ -179,3 +180,18 @@ def test_writable_descriptors_are_not_handed_on(tmp_path: Path, tiny_model: Path
     registry.remove(entry.name)
     with pytest.raises(InvalidModel, match="Bad file descriptor"):
         check_descriptor(fd)
+
+
+async def test_a_busy_model_can_be_removed(service: DaemonService, lab: Lab, tiny_model: Path) -> None:
+    entry = await service.open_model(os.open(tiny_model, os.O_RDONLY), "x", 0, ":1.5", MINE)
+    lab.gate.clear()  # its worker never comes to an end
+    events = service.generate(entry.name, GenerateRequest(prompt="x"))
+    await anext(events)
+    authority = Mock(spec=Authority)
+    handler = ModelObject(service, authority, entry.name, lambda job: "")
+    await handler.remove(Call(":1.7"))
+    assert authority.require.await_args.args[1] is Scope.REMOVE
+    assert lab.alive == []
+    with pytest.raises(NoSuchModel):
+        service.model(entry.name)
+    await events.aclose()

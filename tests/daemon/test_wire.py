@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import random
+import resource
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -13,10 +15,20 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from dbus_fast import Message, MessageType, Variant
+from dbus_fast._private.unmarshaller import Unmarshaller
 
 from ai_assistant.daemon.bus import wire as module
+from ai_assistant.daemon.bus.connection import ROOT, Call, Connection
 from ai_assistant.daemon.bus.values import plain, variant, variants
-from ai_assistant.daemon.bus.wire import MAX_MESSAGE_BYTES, BusError, Incoming, Wire, parse_header
+from ai_assistant.daemon.bus.wire import (
+    MAX_MESSAGE_BYTES,
+    SMALL_MESSAGE_BYTES,
+    BusError,
+    Header,
+    Incoming,
+    Wire,
+    parse_header,
+)
 from ai_assistant.errors import ServiceUnavailable
 
 OK = b"OK 0123456789abcdef\r\nAGREE_UNIX_FD\r\n"
@@ -148,6 +160,72 @@ async def test_large_bodies_are_dropped_as_they_come(peer: Peer) -> None:
     assert peer.received[0].header.member == "C"
     assert peer.received[1].body == ["after"]
     assert len(peer.wire._buffer) == 0
+
+
+async def test_only_bodies_that_are_wanted_are_decoded(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+
+    def counting(stream: io.BytesIO) -> Unmarshaller:
+        decoded.append(1)
+        return Unmarshaller(stream)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "Unmarshaller", counting)
+    peer.wire._limit = lambda header: {"s": 1000, "as": 0}[header.signature]
+    await peer.send(encoded(call(["x"] * 50, signature="as"), 1) + encoded(call("x" * 2000, signature="s"), 2))
+    # An answer that nobody waits for.
+    stray = Message(message_type=MessageType.METHOD_RETURN, reply_serial=999, signature="as", body=[["x"]])
+    await peer.send(encoded(stray) + encoded(call("y", signature="s"), 3))
+    await peer.settle(3)
+    assert [(each.unread, each.oversize, each.body) for each in peer.received] == [
+        (True, False, []),
+        (False, True, []),
+        (False, False, ["y"]),
+    ]
+    assert len(decoded) == 1
+
+
+async def test_lost_descriptors_end_the_connection(peer: Peer) -> None:
+    assert peer.sock is not None
+    files = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(files) + 3, hard))
+        socket.send_fds(peer.sock, [encoded(call(0, signature="h", fds=tuple(range(8))), 1)], files)
+        await peer.settle(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [str(each) for each in peer.lost] == ["descriptors were lost: too many are open"]
+    assert peer.received == []
+    # What did arrive is closed, and the connection with it.
+    assert len(os.listdir("/proc/self/fd")) < before  # noqa: PTH208
+    for fd in files:
+        os.close(fd)
+
+
+async def test_what_a_method_does_not_take_is_not_decoded() -> None:
+    connection = Connection()
+
+    class Handler:
+        def properties(self) -> dict[str, object]:
+            return {}
+
+        async def generate(self, call: Call, model: str, prompt: str, options: object) -> None: ...
+        async def open_stream(self, call: Call, request: str) -> None: ...
+        async def embed(self, call: Call, model: str, texts: list[str]) -> None: ...
+
+    connection.export(ROOT, {"org.ai_assistant1.Inference": Handler()})
+
+    def worth(member: str, signature: str, interface: str = "org.ai_assistant1.Inference", path: str = ROOT) -> int:
+        return connection._worth(
+            Header(MessageType.METHOD_CALL, 0, 1, 100, path, interface, member, signature=signature)
+        )
+
+    assert worth("OpenStream", "s") == worth("OpenStream", "s", "") == MAX_MESSAGE_BYTES
+    assert worth("OpenStream", "as") == worth("Nope", "s") == worth("OpenStream", "s", path="/x") == 0
+    assert worth("Get", "ss", "org.freedesktop.DBus.Properties") == SMALL_MESSAGE_BYTES
+    assert worth("Get", "a(ss)", "org.freedesktop.DBus.Properties") == 0
+    assert connection._worth(Header(MessageType.SIGNAL, 0, 1, 100, sender=":1.9", member="NameOwnerChanged")) == 0
 
 
 async def test_a_burst_waits_for_the_reader(peer: Peer) -> None:
