@@ -23,6 +23,10 @@ _STREAM_HEADERS = [
 ]
 
 
+DRAIN_BYTES = 64 * 1024
+DRAIN_S = 2.0
+
+
 class ClientGone(Exception):
     """Nobody is there to read an answer."""
 
@@ -54,6 +58,8 @@ class Exchange:
         self._limits = limits
         self._held = held
         self._mine = 0
+        self._began = False
+        """Some of the body was asked for."""
         # Each request has a task of its own, and so has what is set here.
         peer = scope.get("state", {}).get("peer")
         caller.set(peer.uid if isinstance(peer, Peer) else -1)
@@ -79,10 +85,16 @@ class Exchange:
         except TimeoutError:
             late = Timeout(f"the body did not come within {self._limits.body_s:g} s")
             raise HttpError(408, late, close=True) from None
-        return parse_object(data)
+        try:
+            return parse_object(data)
+        finally:
+            # The bytes go here; an answer may take minutes more.
+            self.close()
 
     async def respond(self, response: Response) -> None:
         self.status = response.status_code
+        if not self._began:
+            await self._drain()
         await response(self.scope, self._receive, self.send)
 
     async def send(self, message: Message) -> None:
@@ -149,6 +161,7 @@ class Exchange:
                 raise HttpError(415, unread, close=True)
 
     async def _read(self) -> bytes:
+        self._began = True
         data = bytearray()
         while True:
             message = await self._receive()
@@ -162,6 +175,26 @@ class Exchange:
             data += piece
             if not message.get("more_body"):
                 return bytes(data)
+
+    async def _drain(self) -> None:
+        """Throw away a small body that the answer does not need.
+
+        Closing with unread bytes is a reset, and a client that still writes never sees why it was refused.
+        """
+        headers = dict(self.scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        waits = b"expect" in headers  # it sends nothing before it is told to
+        if waits or int(length) > DRAIN_BYTES or (length == b"0" and b"transfer-encoding" not in headers):
+            return
+        self._began = True
+        left = DRAIN_BYTES
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(self._limits.body_s, DRAIN_S)):
+                while left > 0:
+                    message = await self._receive()
+                    left -= len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body"):
+                        return
 
     def _too_long(self) -> HttpError:
         error = InvalidArgument(f"the body is longer than {self._limits.body_bytes} bytes")
