@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ai_assistant.daemon import inspection
 from ai_assistant.daemon.authority import ADMIN_GROUP, USER_GROUP, USER_SCOPES, allowed
 from ai_assistant.daemon.bus import inference, job, manager, model, schema
 from ai_assistant.daemon.contract import Peer, Scope
@@ -96,6 +97,31 @@ def test_units_name_the_same_sockets() -> None:
     assert "SocketMode=0600" in found["ai-assistant-worker.socket"]
     for name in ("ai-assistantd.service", "ai-assistant-worker@.service"):
         assert "Environment=PYTHONPATH=/usr/lib/ai-assistant/python" in found[name]
+
+
+def test_workers_are_kept_from_each_other() -> None:
+    worker = units()["ai-assistant-worker@.service"].splitlines()
+    assert {"PrivatePIDs=yes", "PrivateUsers=yes", "DynamicUser=yes"} <= set(worker)
+    # LISTEN_PID is a number of another namespace there.
+    assert "ExecStart=/usr/bin/python3 -m ai_assistant.daemon.worker --fd 3" in worker
+    denied = {call for line in worker if line.startswith("SystemCallFilter=~") for call in line[18:].split()}
+    assert {"ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "kcmp", "pidfd_getfd"} <= denied
+
+
+def test_the_daemon_always_comes_back() -> None:
+    daemon = set(units()["ai-assistantd.service"].splitlines())
+    wanted = {"Restart=on-failure", "StartLimitIntervalSec=0", "RestartSteps=6", "RestartMaxDelaySec=60"}
+    assert wanted | {"OOMPolicy=continue"} <= daemon
+    # A child that reads a header, the only kind there is, fits in beside the daemon.
+    limit = next(line for line in daemon if line.startswith("MemoryMax="))
+    assert limit == "MemoryMax=1G"
+    assert inspection._MEMORY_BYTES * inspection._AT_A_TIME <= 512 << 20
+
+
+def test_what_is_imported_is_private() -> None:
+    assert {"StateDirectoryMode=0700", "UMask=0077"} <= set(units()["ai-assistantd.service"].splitlines())
+    rules = (DATA / "usr/lib/tmpfiles.d/ai-assistant.conf").read_text().splitlines()
+    assert all(line.split()[2] == "0700" for line in rules if "/var/lib/" in line)
 
 
 def test_the_daemon_imports_nothing_heavy() -> None:
