@@ -108,7 +108,13 @@ async def copy_in(
     except OSError as error:
         raise _named(error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if os.path.lexists(partial):  # noqa: ASYNC240 - no waiting once it is a model: a cancellation would hide it
+            # Gigabytes take a while to delete, and a second cancellation does not stop it.
+            await asyncio.shield(loop.run_in_executor(_pool, _delete, partial))
+
+
+def _delete(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _finish(registry: Registry, name: str, source: Source, partial: Path, digest: str) -> Entry:
@@ -130,7 +136,7 @@ async def _finish(registry: Registry, name: str, source: Source, partial: Path, 
     existing = next((each for each in registry.all() if each.name == name), None)
     if existing is not None:
         return same_or_raise(existing, digest, status.st_size)
-    _place(registry, partial, target)
+    grave = _place(registry, partial, target)
     entry = Entry(
         name,
         replace(found.info, name=name),
@@ -142,15 +148,21 @@ async def _finish(registry: Registry, name: str, source: Source, partial: Path, 
     registry.add(entry)
     _sync(target.parent)
     _sync(registry.state)
+    if grave is not None:
+        # Not waited for: a cancellation here would leave a model that nobody was told of.
+        asyncio.get_running_loop().run_in_executor(_pool, _delete, grave)
     return entry
 
 
-def _place(registry: Registry, partial: Path, target: Path) -> None:
+def _place(registry: Registry, partial: Path, target: Path) -> Path | None:
+    """Rename the copy to where it belongs; the folder that was in the way, if any, for the caller to delete."""
     # What lies there and is no model, `scan` could not use: it would be in the way for ever.
-    if os.path.lexists(target) and registry.bury(target) is not None:
+    grave = registry.bury(target) if os.path.lexists(target) else None
+    if grave is not None:
         log.warning("replacing a folder that is no usable model: %s", target)
     target.parent.mkdir(mode=0o700, exist_ok=True)
     partial.rename(target)
+    return grave
 
 
 def same_or_raise(existing: Entry, digest: str, size: int) -> Entry:

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from dbus_fast import Variant
 
 from tests.bus import world as worlds
-from tests.bus.client import ROOT
+from tests.bus.client import ROOT, Client
 from tests.bus.world import World
 
 
@@ -100,3 +101,20 @@ def test_an_action_that_nobody_registered_is_denied(tiny_model: Path) -> None:
             assert "not allowed" in answer
         finally:
             world.stop()
+
+
+async def test_a_transient_model_is_not_lent_to_others(world: World, client: Client, tiny_model: Path) -> None:
+    with tiny_model.open("rb") as file:
+        body = 0, {"name": Variant("s", "mine")}
+        path, name = await client.call("Manager", "OpenModel", "ha{sv}", *body, fds=(file.fileno(),))
+    assert path in await client.call("Manager", "ListModels")
+    for user in ("member", "admin"):
+        assert path not in world.call("ListModels", user=user)
+        assert "there is no model" in world.call("FindModel", "s", name, user=user)
+        asked = world.call("Generate", "ssa{sv}", name, "hello", "0", user=user, interface="Inference")
+        assert "there is no model" in asked
+        assert "there is no model" in world.call("Load", "a{sv}", "0", path=path, interface="Model", user=user)
+    assert "there is no model" in world.call("FindModel", "s", "mine")
+    # What others do to it is announced all the same, and the object stays readable.
+    assert world.property(path, "Model", "Name") == name
+    await client.call("Model", "Remove", path=path)

@@ -306,8 +306,8 @@ async def test_a_crash_is_an_error_and_then_it_serves_again(serving: World, clie
     for each in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(each, Refused)
         assert each.name == "org.ai_assistant1.Error.WorkerCrashed"
-    with pytest.raises(Refused, match="is being restarted"):
-        await client.call("Inference", "Generate", "ssa{sv}", MODEL, "abc", SHORT)
+    # The restart is near, so this waits for it.
+    await client.call("Inference", "Generate", "ssa{sv}", MODEL, "abc", SHORT)
 
     async def loaded() -> bool:
         return await model_state(client) == "loaded"
