@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,8 +27,8 @@ _MAX_SEARCH = 1 << 28
 
 _TEXT_METHODS = (
     "capitalize casefold count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit islower "
-    "isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex "
-    "rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill"
+    "isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind "
+    "rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill"
 )
 _METHODS = {
     str: frozenset(_TEXT_METHODS.split()),
@@ -42,7 +42,7 @@ _METHODS = {
     type: frozenset(),
 }
 """The methods of Python's own types that a template may call; the others can hang, grow, or mean nothing here."""
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS = (KeysView, ValuesView, ItemsView)
 _PADDING = frozenset({"ljust", "rjust", "zfill"})
 _SPLITTING = frozenset({"split", "rsplit", "splitlines"})
 _SEARCHING = frozenset({"rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip"})
