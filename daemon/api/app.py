@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from array import array
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -36,7 +36,7 @@ from ai_assistant.daemon.api.openai import (
 )
 from ai_assistant.daemon.api.rendering import error_event
 from ai_assistant.daemon.contract import ModelRecord, Peer, Scope, Service
-from ai_assistant.engines.contract import GenerateRequest
+from ai_assistant.engines.contract import Chunk, Event, GenerateRequest
 from ai_assistant.errors import (
     AIAssistantError,
     InternalError,
@@ -51,6 +51,10 @@ Handler = Callable[[Exchange], Awaitable[None]]
 _SERVING = ("running", "degraded")
 # Between vectors the loop gets its turn: two thousand of them are a second's work.
 _VECTORS_PER_TURN = 8
+MAX_COLLECTED = 64 << 20
+"""Bytes, about, that an answer takes while it is put together because it is not streamed."""
+_EVENT_BYTES = 128
+_JOINED = 4096
 
 
 def create_app(service: Service, allowed: Allowed, *, limits: Limits | None = None) -> Starlette:
@@ -92,8 +96,7 @@ class _Api:
         events = self._service.generate(name, request)
         async with contextlib.aclosing(events), exchange.while_waiting():
             if not options.stream:
-                found = [each async for each in events]
-                answer = _json(renderer(name, options).whole(found))
+                answer = _json(renderer(name, options).whole(await _collected(events)))
             else:
                 # Until the first event comes there is no status yet, so a refusal can still be a plain error.
                 try:
@@ -250,6 +253,34 @@ def _model(record: ModelRecord) -> dict[str, Any]:
         "transient": record.transient,
         "error": record.error,
     }
+
+
+async def _collected(events: AsyncIterator[Event]) -> list[Event]:
+    """All events, neighbouring pieces of plain text joined.
+
+    Raises:
+        InvalidArgument: they are more than one answer may keep here.
+    """
+    found: list[Event] = []
+    held = 0
+    async for event in events:
+        if isinstance(event, Chunk):
+            held += len(event.text) + sum(_EVENT_BYTES * (2 + len(each.top)) for each in event.logprobs)
+            last = found[-1] if found else None
+            if isinstance(last, Chunk) and not last.logprobs and not event.logprobs and len(last.text) < _JOINED:
+                found[-1] = Chunk(last.text + event.text)
+                held += 1
+            else:
+                found.append(event)
+                held += _EVENT_BYTES
+        else:
+            found.append(event)
+        if held > MAX_COLLECTED:
+            raise InvalidArgument(
+                f"the answer takes more than {MAX_COLLECTED >> 20} MiB", hint="stream it, or lower max_tokens",
+                param="stream",
+            )  # fmt: skip
+    return found
 
 
 async def _vectors(vectors: Sequence[Sequence[float]], as_base64: bool) -> str:

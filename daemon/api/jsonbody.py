@@ -12,6 +12,7 @@ import math
 import re
 from typing import Any, NoReturn
 
+from ai_assistant.daemon.jsonshape import excess
 from ai_assistant.errors import InvalidArgument
 
 MAX_DEPTH = 64
@@ -21,9 +22,6 @@ MAX_VALUES = 100_000
 MAX_INTEGER_DIGITS = 20
 """Enough for every 64-bit integer."""
 
-# Possessive, so that an unfinished string of 8 MiB costs one pass and no backtracking stack.
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
-_QUOTE, _COMMA = b'",'
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -36,7 +34,8 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """
     if not data.strip():
         raise InvalidArgument("the body is empty", hint="send a JSON object")
-    _check_shape(data)
+    if wrong := excess(data, depth=MAX_DEPTH, values=MAX_VALUES):
+        raise InvalidArgument(f"the body {wrong}")
     try:
         # `bytes` would make json guess UTF-16 and UTF-32; HTTP says UTF-8.
         text = data.decode("utf-8")
@@ -55,27 +54,6 @@ def parse_object(data: bytes) -> dict[str, Any]:
     if _SURROGATE_ESCAPE.search(data):
         _check_strings(value)
     return value
-
-
-def _check_shape(data: bytes) -> None:
-    """Count without keeping anything, and stop at the first limit."""
-    depth = values = strings = 0
-    for token in _TOKEN.finditer(data):
-        first = data[token.start()]
-        if first == _QUOTE:
-            strings += 1
-        elif first in b"[{":
-            depth += 1
-            values += 1
-            if depth > MAX_DEPTH:
-                raise InvalidArgument(f"the body is nested more than {MAX_DEPTH} deep")
-        elif first == _COMMA:
-            values += 1
-        else:
-            depth -= 1
-        # A member is two strings: its name and its value.
-        if values > MAX_VALUES or strings > 2 * MAX_VALUES:
-            raise InvalidArgument(f"the body has more than {MAX_VALUES} values")
 
 
 def _check_strings(value: object) -> None:

@@ -7,10 +7,12 @@ or one that is nested absurdly raise `ProtocolError`, after which the connection
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 MAX_FRAME = 16 << 20
+MAX_EVENT = 4 << 20
+"""What a worker sends that is not the result of an embedding or of a tokenisation: a token, the end of an answer."""
 _HEAD = 4
 
 
@@ -18,27 +20,45 @@ class ProtocolError(Exception):
     """The peer does not speak the protocol."""
 
 
-def encode(message: Mapping[str, Any]) -> bytes:
+def encode(message: Mapping[str, Any], limit: int = MAX_FRAME) -> bytes:
     """One frame.
 
     Raises:
-        ValueError: it would be larger than MAX_FRAME.
+        ValueError: it would be larger than `limit`.
     """
     try:
         body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
         # Half of a surrogate pair is legal in JSON and in a str, but has no UTF-8.
         body = json.dumps(message, separators=(",", ":")).encode()
-    if len(body) > MAX_FRAME:
-        raise ValueError(f"a message of {len(body)} bytes is larger than {MAX_FRAME}")
+    return framed(body, limit)
+
+
+def framed(body: bytes, limit: int = MAX_FRAME) -> bytes:
+    """A frame around JSON; see `encode`."""
+    if len(body) > limit:
+        raise ValueError(f"a message of {len(body)} bytes is larger than {limit}")
     return len(body).to_bytes(_HEAD, "big") + body
 
 
 class FrameReader:
-    """Cuts a byte stream into messages; holds at most one incomplete frame."""
+    """Cuts a byte stream into messages; holds at most one incomplete frame.
 
-    def __init__(self) -> None:
+    Args:
+        longest: the most bytes that a frame may have now.
+        check: sees the bytes of each frame before they are parsed, and may raise ProtocolError.
+
+    Attributes:
+        size: bytes of the frame of the last message.
+    """
+
+    def __init__(
+        self, longest: Callable[[], int] = lambda: MAX_FRAME, check: Callable[[bytes], None] = lambda _body: None
+    ) -> None:
         self._buffer = bytearray()
+        self._longest = longest
+        self._check = check
+        self.size = 0
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """The messages that are complete now.
@@ -52,13 +72,15 @@ class FrameReader:
         try:
             while len(buffer) - at >= _HEAD:
                 length = int.from_bytes(buffer[at : at + _HEAD], "big")
-                if not 2 <= length <= MAX_FRAME:
+                if not 2 <= length <= min(self._longest(), MAX_FRAME):
                     raise ProtocolError(f"a frame of {length} bytes")
                 end = at + _HEAD + length
                 if len(buffer) < end:
                     break
                 body = bytes(buffer[at + _HEAD : end])
                 at = end
+                self.size = _HEAD + length
+                self._check(body)
                 yield _parse(body)
         finally:
             del buffer[:at]

@@ -9,22 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ai_assistant.daemon.jsonshape import excess
 from ai_assistant.daemon.worker import messages
-from ai_assistant.daemon.worker.frames import FrameReader, ProtocolError, encode
-from ai_assistant.engines.contract import Chunk, Event, Finished, GenerateRequest, LoadOptions, ModelInfo
+from ai_assistant.daemon.worker.frames import MAX_EVENT, MAX_FRAME, FrameReader, ProtocolError, encode
+from ai_assistant.daemon.worker.pending import MAX_ANSWER, Pending
+from ai_assistant.engines.contract import Event, Finished, GenerateRequest, LoadOptions, ModelInfo
 from ai_assistant.errors import AIAssistantError, Busy, InternalError, InvalidArgument, WorkerCrashed
 
 MAX_UNSENT = 64 << 20
 """Bytes that wait for a worker that does not read."""
-_MERGE_ABOVE = 32
-"""Unread chunks of plain text beyond these are joined, so that a slow reader costs bytes, not objects."""
-_MAX_UNREAD = 16 << 20
-"""Bytes of events (see `_weight`) that one request may leave unread."""
+MAX_LATE = 32 << 20
+"""Bytes of answers to requests that were given up, until each of these has ended."""
+MAX_LEAVING = 4096
+"""Requests that were given up and that the worker has not ended."""
+_LARGE = ("embed", "tokenize")
+_MAX_DEPTH = 16
+_MAX_VALUES = 100_000
+_MAX_NUMBERS = 4_000_000
+_MAX_VECTORS = 1 << 12
+_MAX_QUOTES = 64
+_LAST = ("finished", "result", "error", "loaded")
 PING_EVERY_S = 15.0
 PING_TIMEOUT_S = 15.0
 STALLED_ROUNDS = 20
@@ -58,7 +66,10 @@ class WorkerClient:
         self._loop = asyncio.get_running_loop()
         self.died: asyncio.Future[str] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
+        self._leaving: dict[int, tuple[str, int]] = {}
+        """Requests that nobody waits for any more: the operation, and the bytes that came since."""
+        self._late = 0
         self._next = 1
         self._closing = False
         self._ping_every_s = ping_every_s
@@ -99,7 +110,7 @@ class WorkerClient:
         if self._transport is not None or self._closing:
             raise InternalError("a worker loads one model only")
         frame = encode({"op": "load", "id": 0, "options": {**asdict(options), "extra": dict(options.extra)}})
-        pending = self._pending[0] = _Pending("load")
+        pending = self._pending[0] = Pending("load")
         pending.progress = on_progress
         try:
             # The descriptor travels with the first byte; a fresh socket has room for at least that.
@@ -114,7 +125,8 @@ class WorkerClient:
         try:
             info: ModelInfo = await pending.next()
         finally:
-            self._pending.pop(0, None)
+            if self._pending.pop(0, None) is not None and not pending.ended:
+                self._leaving[0] = ("load", 0)
         return info
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event]:
@@ -124,7 +136,9 @@ class WorkerClient:
             ContextOverflow, InvalidArgument, Busy, NotSupported, InvalidModel: from the engine.
             WorkerCrashed: the worker died.
         """
-        number, pending = self._request("generate", {"request": request.to_dict()})
+        # With log-probabilities, a token of the answer is a hundred times as long.
+        room = MAX_ANSWER if request.logprobs is None else 4 * MAX_ANSWER
+        number, pending = self._request("generate", {"request": request.to_dict()}, room)
         try:
             while True:
                 event: Event = await pending.next()
@@ -165,15 +179,15 @@ class WorkerClient:
         finally:
             self._forget(number, pending)
 
-    def _request(self, op: str, values: Mapping[str, Any]) -> tuple[int, _Pending]:
+    def _request(self, op: str, values: Mapping[str, Any], room: int = MAX_ANSWER) -> tuple[int, Pending]:
         number = self._next
-        self._next += 1
         try:
             frame = encode({"op": op, "id": number, **values})
         except (ValueError, TypeError, RecursionError) as error:
             raise InvalidArgument(f"the request cannot be passed on: {error}") from error
         self._write(frame)
-        pending = self._pending[number] = _Pending(op)
+        self._next += 1
+        pending = self._pending[number] = Pending(op, room)
         if self._guard is None or self._guard.done():
             self._guard = self._loop.create_task(self._watch(), name="worker-guard")
         return number, pending
@@ -214,19 +228,65 @@ class WorkerClient:
             raise Busy("the worker does not read its requests", hint="try again later")
         transport.write(frame)
 
-    def _forget(self, number: int, pending: _Pending) -> None:
-        self._pending.pop(number, None)
-        if not pending.ended and self._transport is not None and not self._transport.is_closing():
+    def _forget(self, number: int, pending: Pending) -> None:
+        """Nobody waits any more: what has not ended is cancelled, and its last event is waited for."""
+        if self._pending.pop(number, None) is None or pending.ended:
+            return
+        if self._transport is not None and not self._transport.is_closing():
+            self._leaving[number] = (pending.op, 0)
             self._transport.write(encode({"op": "cancel", "id": number}))
 
     # Called by the wire.
 
-    def _received(self, message: dict[str, Any]) -> None:
-        number = message.get("id")
-        # Unknown numbers are ordinary: events that were under way when a request was cancelled.
-        pending = self._pending.get(number) if isinstance(number, int) and not isinstance(number, bool) else None
-        if pending is None or pending.ended:
+    def _expects_large(self) -> bool:
+        return any(each.op in _LARGE for each in self._pending.values()) or any(
+            op in _LARGE for op, _ in self._leaving.values()
+        )
+
+    def _longest(self) -> int:
+        return MAX_FRAME if self._expects_large() else MAX_EVENT
+
+    def _check(self, body: bytes) -> None:
+        """Whether what is built from these bytes is bounded; a result is numbers, and may have many."""
+        if (
+            self._expects_large()
+            and body.count(b"[") + body.count(b"{") <= _MAX_VECTORS
+            and body.count(b",") <= _MAX_NUMBERS
+            and body.count(b'"') <= _MAX_QUOTES
+        ):
             return
+        if wrong := excess(body, depth=_MAX_DEPTH, values=_MAX_VALUES):
+            raise ProtocolError(f"a frame that {wrong}")
+
+    def _received(self, message: dict[str, Any], size: int) -> None:
+        number = message.get("id")
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < self._next:
+            raise ProtocolError("an answer to a request that was never made")
+        if number in self._leaving:
+            self._came_late(number, message.get("event"), size)
+            return
+        pending = self._pending.get(number)
+        if pending is None or pending.ended:
+            raise ProtocolError("an answer to a request that has ended")
+        pending.room -= size
+        if pending.room < 0:
+            self._forget(number, pending)
+            pending.end(InternalError("the answer is absurdly long", hint="lower max_tokens"))
+            return
+        self._take(number, pending, message)
+
+    def _came_late(self, number: int, kind: Any, size: int) -> None:
+        op, before = self._leaving[number]
+        if kind in _LAST:
+            del self._leaving[number]
+            self._late -= before
+            return
+        self._leaving[number] = (op, before + size)
+        self._late += size
+        if self._late > MAX_LATE or len(self._leaving) > MAX_LEAVING:
+            raise ProtocolError("cancelled requests that do not end")
+
+    def _take(self, number: int, pending: Pending, message: dict[str, Any]) -> None:
         kind = message.get("event")
         if kind == "error":
             pending.end(messages.error(message))
@@ -242,7 +302,10 @@ class WorkerClient:
         elif kind in ("chunk", "finished") and pending.op == "generate":
             event = messages.event(message)
             pending.ended = isinstance(event, Finished)
-            pending.put(event)
+            if not pending.put(event):
+                # Either a reader that sleeps, or a worker that floods: both end here, without the daemon.
+                self._forget(number, pending)
+                pending.end(Busy("the answer is not being read"))
         else:
             raise ProtocolError(f"an unexpected event {str(kind)[:40]!r}")
 
@@ -257,68 +320,10 @@ class WorkerClient:
                 each.end(error or WorkerCrashed("the worker that held the model died", hint=_RESTARTED))
 
 
-class _Pending:
-    """What has arrived for one request and was not read yet."""
-
-    __slots__ = ("_failure", "_items", "_waiter", "ended", "op", "progress", "unread")
-
-    def __init__(self, op: str) -> None:
-        self.op = op
-        self.ended = False
-        self.progress: Callable[[float], None] | None = None
-        self.unread = 0
-        self._items: deque[tuple[Any, int]] = deque()
-        self._failure: AIAssistantError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, item: Any) -> None:
-        size = _weight(item)
-        self.unread += size
-        if self.unread > _MAX_UNREAD:
-            # Either a reader that sleeps, or a worker that floods: both end here, without the daemon.
-            self._items.clear()
-            self.end(Busy("the answer is not being read"))
-            return
-        if len(self._items) >= _MERGE_ABOVE and isinstance(item, Chunk) and not item.logprobs:
-            last, before = self._items[-1]
-            if isinstance(last, Chunk) and not last.logprobs and len(last.text) < 4096:
-                self._items[-1] = (Chunk(last.text + item.text), before + size)
-                return
-        self._items.append((item, size))
-        self._notify()
-
-    def end(self, error: AIAssistantError) -> None:
-        self.ended = True
-        self._failure = error
-        self._notify()
-
-    def _notify(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def next(self) -> Any:
-        """The next item; after the last one, the error that ended the request."""
-        while not self._items:
-            if self._failure is not None:
-                raise self._failure
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        item, size = self._items.popleft()
-        self.unread -= size
-        return item
-
-
-def _weight(item: Any) -> int:
-    """About the bytes that an item takes while it waits."""
-    if not isinstance(item, Chunk):
-        return 0  # The last one of its request.
-    return len(item.text) + sum(256 * (1 + len(each.top)) + len(each.bytes) for each in item.logprobs) + 1
-
-
 class _Wire(asyncio.Protocol):
     def __init__(self, client: WorkerClient) -> None:
         self._client = client
-        self._reader = FrameReader()
+        self._reader = FrameReader(client._longest, client._check)
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -328,7 +333,7 @@ class _Wire(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for message in self._reader.feed(data):
-                self._client._received(message)
+                self._client._received(message, self._reader.size)
         except (ProtocolError, ValueError) as error:
             self._client._end(f"the worker does not speak the protocol: {error}")
             if self._transport is not None:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from typing import Any
 
-from ai_assistant.daemon.worker.frames import FrameReader, ProtocolError, encode
+from ai_assistant.daemon.worker.frames import MAX_EVENT, FrameReader, ProtocolError, encode, framed
 from ai_assistant.daemon.worker.stall import STALL_S, StallTimer
 from ai_assistant.engines.contract import (
     Chunk,
@@ -129,6 +129,7 @@ class WorkerServer:
         options = _options(message.get("options"))
         self._loading = True
         limit_memory(options.memory_limit_bytes)
+        self._stall.keep(True)
         # Not on this thread, so that the daemon's end is noticed while a large file is read.
         threading.Thread(target=self._load_model, args=(os.dup(fds[0]), options), name="load", daemon=True).start()
 
@@ -158,6 +159,8 @@ class WorkerServer:
             if len(self._active) >= MAX_REQUESTS:
                 raise Busy(f"{len(self._active)} requests are waiting", hint="try again later")
             request = self._active[number] = _Request()
+        # Before the work begins: it may keep the interpreter from this thread at once.
+        self._stall.keep(True)
         work = {"generate": self._generate, "embed": self._embed, "tokenize": self._tokenize}[op]
         self._pool.submit(self._run, number, request, work, message)
 
@@ -265,9 +268,9 @@ def _event_frame(number: int, event: Event) -> bytes:
     if isinstance(event, Chunk) and not event.logprobs:
         # Once per token: written out, which is four times as fast as going through asdict.
         body = f'{{"id":{number},"event":"chunk","text":{json.dumps(event.text)}}}'.encode()
-        return len(body).to_bytes(4, "big") + body
+        return framed(body, MAX_EVENT)
     assert isinstance(event, Chunk | Finished)
-    return encode({"id": number, **event_to_dict(event)})
+    return encode({"id": number, **event_to_dict(event)}, MAX_EVENT)
 
 
 def _options(values: Any) -> LoadOptions:

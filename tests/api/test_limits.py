@@ -301,3 +301,15 @@ def test_the_server_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+async def test_an_answer_that_is_not_streamed_is_bounded(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ai_assistant.daemon.api.app.MAX_COLLECTED", 1 << 20)
+    async with asyncio.timeout(10):
+        response = await api.chat("!long")
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("InvalidArgument", "stream")
+    assert "1 MiB" in error["message"]
+    await api.settled()
+    await api.still_answers()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ai_assistant.daemon.worker import pending as pending_requests
 from ai_assistant.daemon.worker import protocol
 from ai_assistant.daemon.worker.frames import MAX_FRAME, FrameReader, ProtocolError, encode
 from ai_assistant.daemon.worker.protocol import WorkerClient
@@ -147,7 +148,7 @@ async def test_closing_the_generator_cancels() -> None:
         await events.aclose()
         assert await fake.receive() == {"op": "cancel", "id": number}
         # What was under way is ignored, and the connection goes on.
-        await fake.send({"id": number, "event": "chunk", "text": "late"}, {"id": 99, "event": "chunk", "text": "?"})
+        await fake.send({"id": number, "event": "chunk", "text": "late"})
         ping = asyncio.create_task(client.ping())
         await fake.send({"id": (await fake.receive())["id"], "event": "result", "value": 7})
         assert await ping == 7
@@ -242,7 +243,7 @@ def test_frames_cut_anywhere() -> None:
 
 
 async def test_a_flood_is_joined_and_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "_MAX_UNREAD", 200_000)
+    monkeypatch.setattr(pending_requests, "MAX_UNREAD", 200_000)
     async with _pair() as (client, fake):
         events = client.generate(_REQUEST)
         first = asyncio.create_task(anext(events))
