@@ -7,7 +7,7 @@ interfaces, so a request is parsed and checked once, at the edge, by `GenerateRe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Protocol, Self, runtime_checkable
@@ -264,8 +264,15 @@ class Engine(Protocol):
             Busy: the queue is full.
         """
 
-    def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
-        """Vectors (L2-normalised) in the order of `texts`, and the number of tokens read."""
+    def embed(self, texts: Sequence[str], cancelled: Callable[[], bool] | None = None) -> tuple[list[list[float]], int]:
+        """Vectors (L2-normalised) in the order of `texts`, and the number of tokens read.
+
+        Args:
+            cancelled: asked between texts and between batches, on this thread; True ends the work.
+
+        Raises:
+            Cancelled: `cancelled` said so.
+        """
 
     def tokenize(self, text: str) -> list[int]: ...
 

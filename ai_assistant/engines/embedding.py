@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ai_assistant.engines.vocabulary import Tokens, Vocabulary
-from ai_assistant.errors import ContextOverflow, InternalError, InvalidArgument, InvalidModel, OutOfMemory
+from ai_assistant.errors import Cancelled, ContextOverflow, InternalError, InvalidArgument, InvalidModel, OutOfMemory
 
 MAX_TEXTS = 2048
 _SEQUENCES = 16
@@ -37,21 +37,30 @@ class Embedder:
         self._width = int(lib.llama_model_n_embd_out(model)) if hasattr(lib, "llama_model_n_embd_out") else 0
         self._width = self._width or int(lib.llama_model_n_embd(model))
 
-    def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+    def embed(self, texts: Sequence[str], cancelled: Callable[[], bool] | None = None) -> tuple[list[list[float]], int]:
         """Vectors of shape (len(texts), width), and the tokens read.
+
+        Args:
+            cancelled: asked between texts and between batches.
 
         Raises:
             InvalidArgument: no texts, too many, or an empty one.
             ContextOverflow: a text is longer than the model reads.
+            Cancelled: `cancelled` said so.
         """
         if not texts or len(texts) > MAX_TEXTS:
             raise InvalidArgument(f"give 1 to {MAX_TEXTS} texts, not {len(texts)}", param="input")
-        tokens = [self._tokens(text, index) for index, text in enumerate(texts)]
+        tokens: list[Tokens] = []
+        for index, text in enumerate(texts):
+            _check(cancelled)
+            tokens.append(self._tokens(text, index))
         vectors: list[list[float]] = []
         with self._lock:
+            _check(cancelled)
             self._make_room(max(map(len, tokens)))
             todo = list(tokens)
             while todo:
+                _check(cancelled)
                 count = self._fitting(todo)
                 vectors += self._decode(todo[:count])
                 del todo[:count]
@@ -144,3 +153,8 @@ class Embedder:
     def close(self) -> None:
         with self._lock:
             self._free()
+
+
+def _check(cancelled: Callable[[], bool] | None) -> None:
+    if cancelled is not None and cancelled():
+        raise Cancelled("the embedding was cancelled")

@@ -211,7 +211,7 @@ class LlamaEngine:
             param="messages" if max_tokens is None else "max_tokens",
         )
 
-    def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+    def embed(self, texts: Sequence[str], cancelled: Callable[[], bool] | None = None) -> tuple[list[list[float]], int]:
         if not self._info.can_embed:
             raise NotSupported(f"models of architecture {self._info.architecture} cannot make embeddings")
         with self._in_use():
@@ -223,7 +223,7 @@ class LlamaEngine:
                         self._lib, self._model, self._vocabulary,
                         context_length=self._context_length, threads=self._threads,
                     )  # fmt: skip
-            vectors, tokens = self._embedder.embed(texts)
+            vectors, tokens = self._embedder.embed(texts, cancelled)
             return vectors, tokens
 
     def tokenize(self, text: str) -> list[int]:

@@ -1,7 +1,8 @@
 """Entry point of a worker: `python3 -m ai_assistant.daemon.worker [--fd N]`.
 
 The connection is descriptor 3 from systemd (Accept=yes), or `--fd N`. The process ends with status 0
-when the daemon closes it, 1 when the daemon breaks the protocol, 2 when it is started wrongly.
+when the daemon closes it, 1 when the daemon breaks the protocol or the process does not get on with its work,
+2 when it is started wrongly, 3 when the engine is broken.
 """
 
 from __future__ import annotations

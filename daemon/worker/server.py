@@ -13,6 +13,7 @@ import os
 import resource
 import select
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,9 @@ from ai_assistant.errors import AIAssistantError, Busy, Cancelled, InternalError
 
 MAX_REQUESTS = 128
 _POOL_BEYOND_SEQUENCES = 16
+_SIDE_THREADS = 2
+"""For embeddings, which the engine makes one after the other, and a tokenisation beside them."""
+BROKEN_STATUS = 3
 _HEADROOM_BYTES = 512 << 20
 """Beyond the model's memory limit: the interpreter, and stacks, which count as reserved and not as used."""
 _RECEIVE = 1 << 18
@@ -64,6 +68,8 @@ class WorkerServer:
         self._engine: Engine | None = None
         self._loading = False
         self._pool = ThreadPoolExecutor(1, "request")
+        # Texts of many batches must not keep the threads that pass generations on.
+        self._side = ThreadPoolExecutor(_SIDE_THREADS, "side")
         self._active: dict[int, _Request] = {}
         self._finished = 0
         self._lock = threading.Lock()
@@ -162,11 +168,13 @@ class WorkerServer:
         # Before the work begins: it may keep the interpreter from this thread at once.
         self._stall.keep(True)
         work = {"generate": self._generate, "embed": self._embed, "tokenize": self._tokenize}[op]
-        self._pool.submit(self._run, number, request, work, message)
+        pool = self._pool if op == "generate" else self._side
+        pool.submit(self._run, number, request, work, message)
 
     def _progress(self) -> int:
         """Grows whenever something was done, so that the daemon can tell slow from stuck."""
-        return self._finished + (self._engine.steps if isinstance(self._engine, Supervised) else 0)
+        engine: object = self._engine
+        return self._finished + (engine.steps if isinstance(engine, Supervised) else 0)
 
     def _cancel(self, number: int) -> None:
         with self._lock:
@@ -181,16 +189,25 @@ class WorkerServer:
             work(number, request, message)
         except AIAssistantError as error:
             self._send_error(number, error)
+            self._leave_if_broken()
         except OSError:
             pass  # The daemon is gone; the reader ends the process.
         except MemoryError:
             self._send_error(number, InternalError("the worker has no memory left"))
         except Exception as error:
             self._send_error(number, InternalError(f"the engine failed: {type(error).__name__}: {error}"))
+            self._leave_if_broken()
         finally:
             with self._lock:
                 self._active.pop(number, None)
                 self._finished += 1
+
+    def _leave_if_broken(self) -> None:
+        """An engine that can only fail from now on is a crash: the daemon starts another worker for the next one."""
+        engine: object = self._engine
+        if isinstance(engine, Supervised) and engine.broken:
+            print("ai-assistant-worker: the engine is broken", file=sys.stderr, flush=True)
+            os._exit(BROKEN_STATUS)
 
     def _generate(self, number: int, request: _Request, message: dict[str, Any]) -> None:
         values = message.get("request")
@@ -209,12 +226,12 @@ class WorkerServer:
         finally:
             generation.cancel()
 
-    def _embed(self, number: int, _request: _Request, message: dict[str, Any]) -> None:
+    def _embed(self, number: int, request: _Request, message: dict[str, Any]) -> None:
         texts = message.get("texts")
         if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
             raise InvalidArgument("texts must be a list of strings", param="input")
         assert self._engine is not None
-        vectors, tokens = self._engine.embed(texts)
+        vectors, tokens = self._engine.embed(texts, lambda: request.cancelled)
         self._send({"id": number, "event": "result", "value": {"vectors": vectors, "tokens": tokens}})
 
     def _tokenize(self, number: int, _request: _Request, message: dict[str, Any]) -> None:

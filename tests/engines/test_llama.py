@@ -33,6 +33,7 @@ from ai_assistant.errors import (
     Busy,
     Cancelled,
     ContextOverflow,
+    InternalError,
     InvalidArgument,
     InvalidModel,
     OutOfMemory,
@@ -377,6 +378,45 @@ def test_embeddings(engine: LlamaEngine) -> None:
         engine.embed(["ok", ""])
     with pytest.raises(ContextOverflow):
         engine.embed(["word " * 2000])
+
+
+def test_embeddings_can_be_cancelled_anywhere(engine: LlamaEngine) -> None:
+    texts = [f"text {n}" for n in range(64)]
+    for allowed in (0, 5, 64, 66):
+        asked = 0
+
+        def cancelled(allowed: int = allowed) -> bool:
+            nonlocal asked
+            asked += 1
+            return asked > allowed
+
+        before = engine.steps
+        with pytest.raises(Cancelled):
+            engine.embed(texts, cancelled)
+        # 64 texts are tokenised first, and then there is a batch after each question but the first.
+        assert engine.steps - before == max(0, allowed - 65)
+    assert len(engine.embed(texts, lambda: False)[0]) == 64
+
+
+def test_steps_grow_with_the_work(engine: LlamaEngine) -> None:
+    before = engine.steps
+    usage = _run(engine, prompt="x", max_tokens=5, temperature=1.0, seed=3)[1].usage
+    assert engine.steps - before >= usage.completion_tokens > 0
+    assert not engine.broken
+
+
+def test_a_scheduler_that_broke_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LlamaEngine.open(tiny, LoadOptions(sequences=1, threads=1)) as broken:
+
+        def fail() -> None:
+            raise RuntimeError("native nonsense")
+
+        monkeypatch.setattr(broken._scheduler, "_decode", fail)
+        for _ in range(2):
+            with pytest.raises(InternalError, match="native nonsense"):
+                _run(broken, prompt="x", max_tokens=1)
+        assert broken.broken
+    assert not broken.broken
 
 
 @pytest.mark.usefixtures("unread_stops")

@@ -24,7 +24,7 @@ from ai_assistant.engines.contract import (
     ModelInfo,
     Usage,
 )
-from ai_assistant.errors import Cancelled, InternalError
+from ai_assistant.errors import Cancelled, InternalError, InvalidArgument
 
 _INFO = ModelInfo(
     format="gguf", architecture="llama", parameters=1, size_bytes=2, quantization="F32", context_length=3,
@@ -46,6 +46,8 @@ class ScriptedEngine:
         return _Scripted(self, request.prompt or "")
 
     def embed(self, texts: Sequence[str], cancelled: Callable[[], bool] | None = None) -> tuple[list[list[float]], int]:
+        if not texts:
+            raise InvalidArgument("give at least one text")
         if texts[0] == "slow":
             while cancelled is None or not cancelled():
                 self.steps += 1

@@ -18,7 +18,7 @@ import pytest
 
 from ai_assistant.daemon.worker.protocol import WorkerClient
 from ai_assistant.engines.contract import Event, Finished, GenerateRequest, LoadOptions
-from ai_assistant.errors import WorkerCrashed
+from ai_assistant.errors import InternalError, InvalidArgument, WorkerCrashed
 
 
 @contextlib.asynccontextmanager
@@ -109,3 +109,42 @@ async def test_an_idle_or_busy_worker_does_not_end_itself() -> None:
         await asyncio.sleep(1.5)
         assert process.poll() is None
         assert isinstance((await all_events(client, "work 1"))[-1], Finished)
+
+
+async def test_a_broken_engine_ends_the_worker() -> None:
+    async with scripted_worker() as (client, process):
+        with pytest.raises(InternalError, match="the engine failed"):
+            await all_events(client, "break")
+        async with asyncio.timeout(10):
+            await client.died
+        assert await asyncio.to_thread(process.wait, 10) == 3
+
+
+async def test_a_failed_request_alone_does_not_end_the_worker() -> None:
+    async with scripted_worker() as (client, _process):
+        with pytest.raises(InvalidArgument):
+            await client.embed([])
+        assert await client.tokenize("x") == [120]
+
+
+async def test_an_embedding_that_nobody_waits_for_ends() -> None:
+    async with scripted_worker() as (client, _process):
+        tasks = [asyncio.create_task(client.embed(["slow"])) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        for each in tasks:
+            each.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # Both threads for embeddings were taken.
+        async with asyncio.timeout(5):
+            assert await client.embed(["x"]) == ([[1.0]], 1)
+
+
+async def test_embeddings_do_not_keep_generations_waiting() -> None:
+    async with scripted_worker() as (client, _process):
+        tasks = [asyncio.create_task(client.embed(["slow"])) for _ in range(40)]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            assert isinstance((await all_events(client, "work 1"))[-1], Finished)
+        for each in tasks:
+            each.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
