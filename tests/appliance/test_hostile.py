@@ -193,3 +193,14 @@ def test_a_full_disk(appliance: Container) -> None:
         appliance.run("nsenter", f"--target={pid}", "--mount", "umount", "/var/lib/ai-assistant")
     finally:
         appliance.run("umount", "/var/lib/ai-assistant")
+
+
+def test_workers_are_different_users(appliance: Container) -> None:
+    appliance.run("ai-assistant", "model", "import", MODEL, "--name", "other:1")
+    appliance.run("ai-assistant", "model", "load", "other:1")
+    try:
+        workers = appliance.run("pgrep", "-f", "[d]aemon.worker").stdout.split()
+        users = [appliance.run("stat", "-c", "%u", f"/proc/{worker}").stdout for worker in workers]
+        assert len(set(users)) == len(users) >= 2
+    finally:
+        appliance.run("ai-assistant", "model", "remove", "other:1", "--yes")

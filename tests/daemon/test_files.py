@@ -101,9 +101,7 @@ def test_units_name_the_same_sockets() -> None:
 
 def test_workers_are_kept_from_each_other() -> None:
     worker = units()["ai-assistant-worker@.service"].splitlines()
-    assert {"PrivatePIDs=yes", "PrivateUsers=yes", "DynamicUser=yes"} <= set(worker)
-    # LISTEN_PID is a number of another namespace there.
-    assert "ExecStart=/usr/bin/python3 -m ai_assistant.daemon.worker --fd 3" in worker
+    assert {"User=aiw-%i", "PrivateUsers=yes", "DynamicUser=yes"} <= set(worker)
     denied = {call for line in worker if line.startswith("SystemCallFilter=~") for call in line[18:].split()}
     assert {"ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "kcmp", "pidfd_getfd"} <= denied
 
