@@ -40,6 +40,10 @@ class Proposal:
     description: str
 
 
+# What every refusal tells a person to type: it must work whatever the model thinks.
+_HELP = frozenset({"help", "帮助"})
+
+
 class Asker:
     """Answers questions with the appliance's own actions.
 
@@ -66,7 +70,10 @@ class Asker:
         asked = mark(question, await self._live())
         if not asked.text:
             raise InvalidArgument("the question is empty", param="question")
-        name, said, certainty = await self._answer(asked)
+        if question.strip().casefold() in _HELP:
+            name, said, certainty = "help", {}, 1.0
+        else:
+            name, said, certainty = await self._answer(asked)
         if name == NONE:
             raise _out_of_scope(chinese)
         action = BY_NAME[name]

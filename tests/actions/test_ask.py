@@ -42,6 +42,14 @@ async def test_a_chinese_question_gets_a_chinese_answer() -> None:
     assert await asker.perform(proposal) == "磁盘剩余 25.0 GiB，共 100.0 GiB（已用 75 %）。"
 
 
+@pytest.mark.parametrize("word", ["help", " Help\n", "帮助"])
+async def test_help_works_whatever_the_model_thinks(word: str) -> None:
+    model = FakeModel(("none", {}, 0.99))
+    proposal = await Asker(model, FakeBus()).propose(word)
+    assert proposal.action == "help"
+    assert not model.requests
+
+
 async def test_names_come_back_as_what_they_stand_for() -> None:
     model = FakeModel(("remove_model", {"model": "model-1"}, 0.99))
     proposal = await Asker(model, FakeBus()).propose("delete Tiny!")
