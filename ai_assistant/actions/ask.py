@@ -70,10 +70,10 @@ class Asker:
         asked = mark(question, await self._live())
         if not asked.text:
             raise InvalidArgument("the question is empty", param="question")
-        if question.strip().casefold() in _HELP:
-            name, said, certainty = "help", {}, 1.0
-        else:
-            name, said, certainty = await self._answer(asked)
+        answer: tuple[str, dict[str, str], float] = ("help", {}, 1.0)
+        if question.strip().casefold() not in _HELP:
+            answer = await self._answer(asked)
+        name, said, certainty = answer
         if name == NONE:
             raise _out_of_scope(chinese)
         action = BY_NAME[name]
