@@ -70,6 +70,11 @@ def measure() -> list[harness.Row]:
     ]
 
 
+
+def main() -> int:
+    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    return harness.report(measure(), as_json=options.json)
+
+
 if __name__ == "__main__":
-    options = harness.arguments(__doc__.splitlines()[0]).parse_args()
-    sys.exit(harness.report(measure(), as_json=options.json))
+    sys.exit(main())
