@@ -27,6 +27,8 @@ TOOLS = (
     "python3-config",
     "ai-assistant",
     "ai_assistant",
+    "login",
+    "passwd",
 )
 EXPOSURE_MAX = 2.0
 
@@ -138,3 +140,11 @@ def test_bash_completes_commands_and_models(appliance: Container) -> None:
 def test_the_manual_is_on_board(appliance: Container) -> None:
     pages = appliance.run("ls", "/usr/share/doc/ai-assistant").stdout.split()
     assert {"api.md", "cli.md", "dbus.md", "sdk.md"} <= set(pages)
+
+
+def test_the_developer_gets_a_shell_at_the_console(appliance: Container) -> None:
+    typed = "(sleep 1; echo developer; sleep 3; echo 'id -un; groups'; sleep 1; echo exit)"
+    screen = appliance.run("bash", "-c", f"{typed} | script --quiet --return --command login /dev/null").stdout
+    assert re.search(r"^developer\s*$", screen, re.MULTILINE), screen
+    assert "ai-assistant-admin" in screen
+    assert "assword" not in screen
