@@ -70,7 +70,6 @@ def measure() -> list[harness.Row]:
     ]
 
 
-
 def main() -> int:
     options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
     return harness.report(measure(), as_json=options.json)
