@@ -7,6 +7,7 @@ the daemon really serves.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import threading
@@ -162,8 +163,10 @@ class Scripted:
         if self._thread is None:
             return
         assert self._bus is not None
-        self._loop.call_soon_threadsafe(self._bus.disconnect)
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        # A daemon that left on its own has closed its loop, perhaps just now.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._bus.disconnect)
+            self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._thread = None
 
