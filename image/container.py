@@ -67,7 +67,7 @@ class Container:
         mount_checkout: bool = False,
         var_size: str = "",
     ) -> None:
-        self.image = image
+        self.image = image.resolve()
         self.binds = list(binds)
         self.mount_checkout = mount_checkout
         self.var_size = var_size

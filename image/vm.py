@@ -77,7 +77,7 @@ class VM:
     def __init__(
         self, image: Path, *, memory_mib: int = 2048, disk_gib: int = 4, interactive: bool = False, cmdline: str = ""
     ) -> None:
-        self.image = image
+        self.image = image.resolve()
         self.memory_mib = memory_mib
         self.disk_gib = disk_gib
         self.interactive = interactive
