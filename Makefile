@@ -6,7 +6,7 @@ PROFILE ?= developer
 TOOLBOX := image/toolbox
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long check image boot shell bench model lock clean
+.PHONY: help run test check image boot shell bench model lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
