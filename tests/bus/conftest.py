@@ -36,11 +36,11 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def engine() -> str:
-    """Folder of the compiled engine; skips without one."""
+    """Folder of the compiled engine; without one nothing here can be tested, and that is a failure."""
     for each in os.environ.get("PYTHONPATH", "").split(":"):
         if each and (Path(each) / "llama_cpp").is_dir():
             return each
-    pytest.skip("no compiled engine on PYTHONPATH")
+    pytest.fail("no compiled engine on PYTHONPATH")
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,7 @@ def serving(engine: str, tiny_model: Path) -> Iterator[World]:
     """Bus, polkit, workers, and a daemon whose built-in model is a tiny real one."""
     reason = worlds.missing()
     if reason:
-        pytest.skip(reason)
+        pytest.fail(reason)
     with worlds.temporary_directory() as directory:
         made = World(directory)
         made.prepare()
@@ -74,7 +74,7 @@ def world() -> Iterator[World]:
     """Bus, polkit and daemon, without workers."""
     reason = worlds.missing()
     if reason:
-        pytest.skip(reason)
+        pytest.fail(reason)
     with worlds.temporary_directory() as directory:
         made = World(directory, large_messages=True)
         made.prepare()

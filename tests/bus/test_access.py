@@ -67,7 +67,7 @@ def test_the_denial_says_what_to_do(world: World) -> None:
 
 def test_without_polkit_only_root_may(tiny_model: Path) -> None:
     if worlds.missing():
-        pytest.skip(worlds.missing())
+        pytest.fail(worlds.missing())
     with worlds.temporary_directory() as directory:
         world = World(directory)
         world.prepare()
@@ -87,7 +87,7 @@ def test_without_polkit_only_root_may(tiny_model: Path) -> None:
 
 def test_an_action_that_nobody_registered_is_denied(tiny_model: Path) -> None:
     if worlds.missing():
-        pytest.skip(worlds.missing())
+        pytest.fail(worlds.missing())
     with worlds.temporary_directory() as directory:
         world = World(directory)
         world.prepare()
