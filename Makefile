@@ -6,7 +6,7 @@ PROFILE ?= developer
 TOOLBOX := image/toolbox
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check image boot shell bench model lock clean
+.PHONY: help run test check image boot shell bench model lock keys clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ model: ## train the built-in model again (under an hour on two cores)
 
 lock: ## renew requirements/*.txt, with hashes and without addresses
 	@requirements/lock
+
+keys: ## make the keys that sign images, once (test keys; docs/signing.md)
+	@image/keys
 
 clean: ## remove build/; the caches in $XDG_CACHE_HOME/ai-assistant stay
 	rm -rf build
