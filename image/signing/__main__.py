@@ -1,4 +1,4 @@
-"""python3 -m image.signing keys|sign ...: what image/keys and image/sign run."""
+"""What image/keys and image/sign run: python3 -m image.signing keys|sign ..."""
 
 from __future__ import annotations
 
