@@ -15,6 +15,7 @@ pytestmark = pytest.mark.vm
 @pytest.fixture(scope="module")
 def machine() -> Iterator[VM]:
     with VM(image_path("test")) as machine:
+        machine.power_on()
         seconds = machine.wait_ready()
         print(f"\nready after {seconds:.0f} s under {machine.accelerator}")
         yield machine
