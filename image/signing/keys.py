@@ -6,7 +6,8 @@ A set is three roles. The public halves are inputs of the build, the private one
     pcr           pcr.pub           signs the PCR 11 values under which the TPM opens /var
     release       release.pub       signs measurements.json
 
-A private half is ROLE.key (PEM), or ROLE.uri with one line ``pkcs11:...`` for a key that never leaves its token.
+A private half is ROLE.key (PEM), or ROLE.uri with one line ``pkcs11:...`` for a key that never leaves its token;
+with pcr.uri goes pcr.crt, a certificate for pcr.pub, which systemd-measure then asks for.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class Key:
     role: str
     public: Path
     private: Path | None
+
+    @property
+    def certificate(self) -> Path:
+        return self.public.with_suffix(".crt")
 
     @property
     def in_token(self) -> bool:
@@ -105,11 +110,15 @@ def _private(where: Path, role: str) -> Path | None:
     return found[0] if found else None
 
 
+def _public_of_certificate(path: Path) -> bytes:
+    pem = openssl("x509", "-in", path, "-noout", "-pubkey")
+    return openssl("pkey", "-pubin", "-outform", "DER", data=pem)
+
+
 def public_of(key: Key) -> bytes:
     """The public half as DER, from the certificate or the public key beside it."""
-    if key.public.suffix == ".crt":
-        pem = openssl("x509", "-in", key.public, "-noout", "-pubkey")
-        return openssl("pkey", "-pubin", "-outform", "DER", data=pem)
+    if key.public == key.certificate:
+        return _public_of_certificate(key.public)
     return openssl("pkey", "-pubin", "-in", key.public, "-outform", "DER")
 
 
@@ -118,8 +127,16 @@ def _check_pair(key: Key) -> None:
         public = public_of(key)
     except ToolError as error:
         raise KeySetError(f"{key.public} is not readable as a key: {error.message}") from None
-    if key.private is None or key.in_token:
-        return  # What a token holds shows when it signs: every signature is verified.
+    if key.private is None:
+        return
+    if key.in_token:
+        key.uri()
+        if key.role == "pcr" and (not key.certificate.exists() or _public_of_certificate(key.certificate) != public):
+            raise KeySetError(
+                f"{key.private} needs a certificate for {key.public.name} beside it: {key.certificate.name}",
+                "docs/signing.md has the command that makes one",
+            )
+        return  # Whether the token holds the right key shows when it signs: every signature is verified.
     try:
         # An empty pass phrase rather than a question: nobody may be there to answer it.
         private = openssl("pkey", "-in", key.private, "-passin", "pass:", "-pubout", "-outform", "DER")

@@ -63,7 +63,8 @@ def pcr_signature(uki: PE, key: Key, scratch: Path) -> bytes:
     """The .pcrsig section: a signature for PCR 11 at each phase of a boot."""
     with usable(key) as used:
         command = [MEASURE, "sign", *_section_arguments(uki, scratch), *_options(), *used.systemd()]
-        command.append(f"--public-key={key.public}")
+        # Of a key in a token it wants a certificate rather than the public key: keys.load saw to it that they agree.
+        command.append(f"--certificate={key.certificate}" if used.token else f"--public-key={key.public}")
         return run(command, environment=used.environment, pass_fds=used.descriptors).strip()
 
 

@@ -1,6 +1,7 @@
 """The programs that sign, each called the same way whether the key is a file or behind PKCS#11.
 
-A PIN comes from AI_ASSISTANT_PIN, or from pin-value= or pin-source= in the URI. It is handed to the programs through
+PKCS11_PROVIDER_MODULE names the module; an OPENSSL_CONF of the user's is used as it is. A PIN comes from
+AI_ASSISTANT_PIN, or from pin-value= or pin-source= in the URI. It is handed to the programs through
 an anonymous file, because a command line can be read by everybody on the machine.
 """
 
@@ -19,6 +20,17 @@ from urllib.parse import unquote
 from image.signing.errors import KeySetError, NoSpaceError, ToolError
 from image.signing.keys import Key
 
+# Without the quirk, programs crash at their end on modules that have closed their own OpenSSL before (SoftHSM).
+OPENSSL_CONF = """\
+openssl_conf = start
+[start]
+providers = providers
+[providers]
+pkcs11 = pkcs11
+[pkcs11]
+pkcs11-module-path = {module}
+pkcs11-module-quirks = no-deinit
+"""
 Command = Sequence[str | Path]
 MEASURE = "/usr/lib/systemd/systemd-measure"
 SBSIGN = "/usr/lib/systemd/systemd-sbsign"
@@ -75,6 +87,13 @@ def frozen_clock() -> dict[str, str]:
     return {}
 
 
+def _anonymous(content: bytes) -> int:
+    """A file without a name; programs that inherit it open it as /proc/self/fd/N."""
+    descriptor = os.memfd_create("signing", 0)
+    os.write(descriptor, content)
+    return descriptor
+
+
 @dataclass
 class Usable:
     """A private key as the programs want it: a word for the command line, and what must surround it."""
@@ -84,11 +103,11 @@ class Usable:
     environment: dict[str, str] = field(default_factory=dict)
     descriptors: list[int] = field(default_factory=list)
 
-    def systemd(self) -> list[str]:
-        return [f"--private-key={self.word}", *(["--private-key-source=provider:pkcs11"] if self.token else [])]
-
     def openssl(self) -> list[str]:
         return ["-provider", "pkcs11", "-provider", "default"] if self.token else []
+
+    def systemd(self) -> list[str]:
+        return [f"--private-key={self.word}", *(["--private-key-source=provider:pkcs11"] if self.token else [])]
 
 
 @contextlib.contextmanager
@@ -97,20 +116,25 @@ def usable(key: Key) -> Iterator[Usable]:
     if not key.in_token:
         yield Usable(str(key.private))
         return
+    if not (module := os.environ.get("PKCS11_PROVIDER_MODULE", "")):
+        raise KeySetError(
+            f"{key.role} is in a token, and no PKCS#11 module is named",
+            "PKCS11_PROVIDER_MODULE=/usr/lib/...so, as the tools tree sees it",
+        )
     path, _, query = key.uri().partition("?")
     attributes = dict(each.split("=", 1) for each in query.split("&") if "=" in each)
-    environment = {}
-    if module := attributes.pop("module-path", None):
-        environment["PKCS11_PROVIDER_MODULE"] = unquote(module)
     pin = os.environ.get("AI_ASSISTANT_PIN")
     if (value := attributes.pop("pin-value", None)) is not None and pin is None:
         pin = unquote(value)
-    descriptors = []
+    descriptors: list[int] = []
+    environment = {}
     try:
         if pin is not None:
-            descriptors.append(os.memfd_create("pin", 0))
-            os.write(descriptors[0], pin.encode())
-            attributes["pin-source"] = f"file:/proc/self/fd/{descriptors[0]}"
+            descriptors.append(_anonymous(pin.encode()))
+            attributes["pin-source"] = f"file:/proc/self/fd/{descriptors[-1]}"
+        if "OPENSSL_CONF" not in os.environ:
+            descriptors.append(_anonymous(OPENSSL_CONF.format(module=module).encode()))
+            environment["OPENSSL_CONF"] = f"/proc/self/fd/{descriptors[-1]}"
         query = "&".join(f"{name}={value}" for name, value in attributes.items())
         yield Usable(f"{path}?{query}" if query else path, True, environment, descriptors)
     finally:
@@ -160,9 +184,8 @@ def sign_bytes(key: Key, path: Path) -> bytes:
 
 def verifies(key: Key, content: bytes, signature: bytes) -> bool:
     """Whether a signature (SHA-256) is that of the key's public half."""
-    descriptor = os.memfd_create("signature", 0)
+    descriptor = _anonymous(signature)
     try:
-        os.write(descriptor, signature)
         command: Command = [
             "openssl",
             "dgst",
@@ -183,15 +206,14 @@ def verifies(key: Key, content: bytes, signature: bytes) -> bool:
 def sign_message(key: Key, content: bytes) -> bytes:
     """A detached PKCS#7 signature (DER) over some bytes, without attributes: what UEFI wants on its variables."""
     with usable(key) as used:
-        descriptor = os.memfd_create("content", 0)
+        descriptor = _anonymous(content)
+        used.descriptors.append(descriptor)
         try:
-            os.write(descriptor, content)
-            used.descriptors.append(descriptor)
             command: Command = [
                 "openssl", "cms", "-sign", "-binary", "-noattr", "-nosmimecap", "-outform", "DER", "-md", "sha256",
                 *used.openssl(), "-in", f"/proc/self/fd/{descriptor}", "-signer", key.public, "-inkey", used.word,
             ]  # fmt: skip
             return _with_key(key, command, used)
         finally:
-            os.close(descriptor)
             used.descriptors.remove(descriptor)
+            os.close(descriptor)
