@@ -37,14 +37,16 @@ def pins(lock: Lock) -> str:
 
 
 def configure(folder: Path, sources: str, preferences: str, name: str = "mkosi") -> None:
-    """Writes etc/apt below `folder`, whole: nothing of an earlier run stays.
+    """Writes etc/apt below `folder`; sources and preferences of an earlier run go.
 
     The file is called mkosi.sources for mkosi, whose own would name a debug archive that not every mirror has.
     """
     apt = folder / "etc/apt"
-    shutil.rmtree(apt, ignore_errors=True)
-    for each in ("sources.list.d", "preferences.d", "apt.conf.d"):
+    (apt / "sources.list").unlink(missing_ok=True)
+    for each in ("sources.list.d", "preferences.d"):
+        shutil.rmtree(apt / each, ignore_errors=True)
         (apt / each).mkdir(parents=True)
+    (apt / "apt.conf.d").mkdir(exist_ok=True)
     (apt / f"sources.list.d/{name}.sources").write_text(sources)
     (apt / "preferences.d/locked.pref").write_text(preferences)
     (apt / "apt.conf.d/80retries").write_text('Acquire::Retries "5";\n')
