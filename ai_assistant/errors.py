@@ -11,6 +11,9 @@ traceback; the hint, where there is one, says what to do next.
     │   └── InvalidConfig          a configuration file is wrong
     ├── NoSuchModel
     ├── NoSuchJob
+    ├── NoRecoveryKey              none waits to be acknowledged
+    ├── InvalidRecoveryKey         its file is damaged, or others could read it
+    ├── ResealFailed               the storage could not be bound to the TPM anew, with what the tool said
     ├── AlreadyExists
     ├── Busy                       in use, or the queue is full; try again later
     ├── NotAuthorized
@@ -37,12 +40,15 @@ __all__ = [
     "InvalidArgument",
     "InvalidConfig",
     "InvalidModel",
+    "InvalidRecoveryKey",
+    "NoRecoveryKey",
     "NoSpace",
     "NoSuchJob",
     "NoSuchModel",
     "NotAuthorized",
     "NotSupported",
     "OutOfMemory",
+    "ResealFailed",
     "ServiceUnavailable",
     "Timeout",
     "Unsure",
@@ -106,6 +112,18 @@ class NoSuchModel(AIAssistantError):
 
 class NoSuchJob(AIAssistantError):
     http_status = 404
+
+
+class NoRecoveryKey(AIAssistantError):
+    http_status = 404
+
+
+class InvalidRecoveryKey(AIAssistantError):
+    pass
+
+
+class ResealFailed(AIAssistantError):
+    pass
 
 
 class AlreadyExists(AIAssistantError):

@@ -11,13 +11,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ai_assistant.daemon import bus, journal
 from ai_assistant.daemon import config as configuration
-from ai_assistant.daemon import journal
 from ai_assistant.daemon.authority import Authority, allowed
-from ai_assistant.daemon.bus.connection import Connection
 from ai_assistant.daemon.contract import Counters
 from ai_assistant.daemon.jobs import JobTable
-from ai_assistant.daemon.notify import keep_alive, notify, passed_sockets, watchdog_interval
 from ai_assistant.daemon.publish import Publisher
 from ai_assistant.daemon.registry import BUILTIN_DIRECTORY, Registry
 from ai_assistant.daemon.residency import Residency, Worker, load_options
@@ -26,6 +24,8 @@ from ai_assistant.daemon.status import Machine
 from ai_assistant.daemon.version import VERSION
 from ai_assistant.daemon.worker.protocol import WorkerClient
 from ai_assistant.errors import ServiceUnavailable
+from ai_assistant.services.connection import Connection
+from ai_assistant.services.notify import keep_alive, notify, passed_sockets, watchdog_interval
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +93,18 @@ class App:
         notify("STATUS=Reading models")
         sockets = self._sockets()
         await asyncio.to_thread(self.service.registry.scan)
-        connection = self._connection = Connection(calls_per_caller=self.config.limits_calls_per_caller)
+        connection = self._connection = Connection(
+            map(bus.load, bus.NAMES),
+            root=bus.ROOT,
+            large=bus.TEXTS,
+            calls_per_caller=self.config.limits_calls_per_caller,
+        )
         await connection.connect(self._options.bus_address)
         Publisher(connection, self.service, Authority(connection))
         api_stop = asyncio.Event()
         api = loop.create_task(self._serve_api(sockets, api_stop)) if sockets else None
         self.service.set_state("running")
-        await connection.own_name()
+        await connection.own_name(bus.BUS_NAME)
         notify("READY=1\nSTATUS=" + self._summary())
         log.info("ai-assistantd %s is ready: %s", VERSION, self._summary())
         stopping = loop.create_task(self._stop.wait())

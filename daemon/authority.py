@@ -17,21 +17,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
-from dbus_fast import Variant
-
-from ai_assistant.daemon.bus.connection import Call, Connection
-from ai_assistant.daemon.bus.wire import BusError
 from ai_assistant.daemon.contract import Peer, Scope, caller
 from ai_assistant.errors import NotAuthorized
+from ai_assistant.services import polkit
+from ai_assistant.services.connection import Call, Connection
+from ai_assistant.services.wire import BusError
 
 log = logging.getLogger(__name__)
 
 USER_GROUP = "ai-assistant"
 ADMIN_GROUP = "ai-assistant-admin"
 USER_SCOPES = frozenset({Scope.READ, Scope.INFER, Scope.LOAD})
-_POLKIT = "org.freedesktop.PolicyKit1"
 _GROUP_TTL_S = 30.0
 _groups: dict[str, tuple[float, int | None]] = {}
 
@@ -90,25 +87,7 @@ class Authority:
         if scope is Scope.READ or uid == 0:
             return uid
         action = f"org.ai-assistant1.{scope}"
-        details: dict[str, Any] = {}
-        subject = ("system-bus-name", {"name": Variant("s", call.sender)})
-        try:
-            reply = await self._connection.wire.call(
-                _POLKIT,
-                "/org/freedesktop/PolicyKit1/Authority",
-                "org.freedesktop.PolicyKit1.Authority",
-                "CheckAuthorization",
-                "(sa{sv})sa{ss}us",
-                [subject, action, details, 1 if call.interactive else 0, ""],
-                # A person who types a password needs longer than a program.
-                timeout_s=120.0 if call.interactive else 25.0,
-            )
-            yes, _challenge, _ = reply.body[0]
-        except BusError as error:
-            # An action that nobody registered, or no polkit: never a reason to say yes.
-            log.warning("polkit cannot answer for %s: %s", action, error)
-            yes = False
-        if not yes:
+        if not await polkit.allows(self._connection, call, action):
             log.info("denied %s to uid %d", action, uid, extra={"DBUS_SENDER": call.sender})
             raise NotAuthorized(
                 f"not allowed: {scope}",

@@ -7,11 +7,11 @@ import logging
 from itertools import count
 
 from ai_assistant.daemon.authority import Authority
-from ai_assistant.daemon.bus import inference, job, manager, model
-from ai_assistant.daemon.bus.connection import ROOT, Connection
+from ai_assistant.daemon.bus import ROOT, inference, job, manager, model
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.errors import NoSuchModel
+from ai_assistant.services.connection import Connection
 
 log = logging.getLogger(__name__)
 

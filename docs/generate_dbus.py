@@ -8,16 +8,21 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
-from ai_assistant.daemon.bus import schema  # noqa: E402 - after the path to it
+from ai_assistant.daemon import bus  # noqa: E402 - after the path to it
+from ai_assistant.services import schema  # noqa: E402
+from ai_assistant.tee import vault  # noqa: E402
 
 TARGET = CHECKOUT / "docs" / "dbus.md"
 _HEAD = """# D-Bus reference
 
-Generated from `daemon/bus/xml` by `docs/generate_dbus.py`; do not edit.
+Generated from `daemon/bus/xml` and `tee/vault` by `docs/generate_dbus.py`; do not edit.
 
 Bus name `org.ai_assistant1` on the system bus. `/org/ai_assistant1` has the interfaces Manager and Inference and is
 the ObjectManager of `/org/ai_assistant1/models/<n>` (Model) and `/org/ai_assistant1/jobs/<n>` (Job). Errors are named
 `org.ai_assistant1.Error.<Name>`; the names are in `ai_assistant/errors.py`. All properties are read-only.
+
+Bus name `org.ai_assistant1.Vault` is a service of its own, started on demand: how the storage is protected, and the key
+that opens it without the TPM, at `/org/ai_assistant1/vault` (Vault).
 
     busctl tree org.ai_assistant1
     busctl call org.ai_assistant1 /org/ai_assistant1 org.ai_assistant1.Inference \\
@@ -28,8 +33,8 @@ the ObjectManager of `/org/ai_assistant1/models/<n>` (Model) and `/org/ai_assist
 def render() -> str:
     """The whole document."""
     parts = [_HEAD]
-    for name in schema.NAMES:
-        parts.append(_interface(schema.load(name)))
+    for interface in (*map(bus.load, bus.NAMES), vault.load()):
+        parts.append(_interface(interface))
     return "\n".join(parts)
 
 

@@ -66,7 +66,8 @@ def stage(engine: Path) -> None:
     version = (CHECKOUT / "mkosi.version").read_text().strip()
     (PRODUCT / LIBRARY / "version").write_text(version + "\n")
 
-    shutil.copytree(CHECKOUT / "daemon" / "data", PRODUCT, dirs_exist_ok=True)
+    for room in ("daemon", "tee"):
+        shutil.copytree(CHECKOUT / room / "data", PRODUCT, dirs_exist_ok=True)
 
     for metadata in sorted((CHECKOUT / "models").glob("*.json")):
         about = json.loads(metadata.read_text())

@@ -14,12 +14,12 @@ from typing import Any
 from dbus_fast import Variant
 
 from ai_assistant.daemon.authority import Authority
-from ai_assistant.daemon.bus.connection import Call, Outgoing
-from ai_assistant.daemon.bus.values import plain, variants
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.engines.contract import Chunk, Event, Finished, GenerateRequest
 from ai_assistant.errors import Busy, InternalError, InvalidArgument
+from ai_assistant.services.connection import Call, Outgoing
+from ai_assistant.services.values import plain, variants
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 from dbus_fast import Variant
 
 from ai_assistant.daemon.authority import Authority
-from ai_assistant.daemon.bus.connection import Call
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
+from ai_assistant.services.connection import Call
 
 INTERFACE = "org.ai_assistant1.Job"
 

@@ -8,15 +8,15 @@ from typing import Any
 from dbus_fast import Variant
 
 from ai_assistant.daemon.authority import Authority
-from ai_assistant.daemon.bus.connection import Call, Descriptor
 from ai_assistant.daemon.bus.model import no_options
-from ai_assistant.daemon.bus.values import plain, variants
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.journal import PRIORITIES, read_log
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.version import VERSION
 from ai_assistant.errors import InvalidArgument
+from ai_assistant.services.connection import Call, Descriptor
+from ai_assistant.services.values import plain, variants
 
 INTERFACE = "org.ai_assistant1.Manager"
 MAX_LINES = 1000

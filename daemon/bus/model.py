@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ai_assistant.daemon.authority import Authority
-from ai_assistant.daemon.bus.connection import Call
-from ai_assistant.daemon.bus.values import plain
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.errors import InvalidArgument
+from ai_assistant.services.connection import Call
+from ai_assistant.services.values import plain
 
 INTERFACE = "org.ai_assistant1.Model"
 

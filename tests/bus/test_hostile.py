@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from dbus_fast import Message, Variant
 
-from ai_assistant.daemon.bus.wire import MAX_MESSAGE_BYTES, SMALL_MESSAGE_BYTES
+from ai_assistant.services.wire import MAX_MESSAGE_BYTES, SMALL_MESSAGE_BYTES
 from tests.bus.client import ROOT, Client, Refused, connected
 from tests.bus.world import World
 

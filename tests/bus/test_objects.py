@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ai_assistant.daemon.bus import schema
+from ai_assistant.daemon import bus
+from ai_assistant.services import schema
 from tests.bus.client import ROOT, Client, Refused
 from tests.bus.world import World
 
-XML = Path(schema.__file__).parent / "xml"
+XML = Path(bus.__file__).parent / "xml"
 Shape = dict[str, object]
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DATA = CHECKOUT / "daemon" / "data"
+VAULT_DATA = CHECKOUT / "tee" / "data"
 DAEMON_UID, WORKER_UID = 64000, 64010
 USERS = {"member": 64001, "admin": 64002, "outsider": 64003}
 """A member of ai-assistant, a member of ai-assistant-admin, and somebody in neither."""
@@ -40,7 +41,8 @@ _POLICY = """<busconfig>
   <allow receive_type="error"/><allow receive_type="signal"/>
   <allow send_destination="org.freedesktop.DBus"/>
  </policy>
- <include>{data}/usr/share/dbus-1/system.d/org.ai_assistant1.conf</include>
+ <includedir>{data}/usr/share/dbus-1/system.d</includedir>
+ <includedir>{vault_data}/usr/share/dbus-1/system.d</includedir>
  <include ignore_missing="yes">/usr/share/dbus-1/system.d/org.freedesktop.PolicyKit1.conf</include>
  {limits}
 </busconfig>
@@ -111,7 +113,8 @@ class World:
         groups += [(name, uid, []) for name, uid in USERS.items()]
         (directory / "etc/group").write_text("".join(f"{n}:x:{g}:{','.join(m)}\n" for n, g, m in groups))
         for source, target in (("actions", "actions"), ("rules.d", "rules")):
-            for folder in (Path("/usr/share/polkit-1") / source, DATA / "usr/share/polkit-1" / source):
+            for base in (Path("/"), DATA, VAULT_DATA):
+                folder = base / "usr/share/polkit-1" / source
                 for file in folder.glob("*"):
                     shutil.copy(file, directory / target / file.name)
         for each in (DATA / "usr/lib/ai-assistant").rglob("*.toml"):
@@ -124,7 +127,7 @@ class World:
                 f'<limit name="{name}">134217728</limit>'
                 for name in ("max_message_size", "max_incoming_bytes", "max_outgoing_bytes")
             )
-        config = _POLICY.format(socket=directory / "bus", data=DATA, limits=limits)
+        config = _POLICY.format(socket=directory / "bus", data=DATA, vault_data=VAULT_DATA, limits=limits)
         (directory / "bus.conf").write_text(config)
 
     def add_builtin(self, name: str, version: str, model: Path) -> None:
@@ -199,9 +202,7 @@ class World:
 
     def start_polkit(self) -> None:
         self.spawn("polkitd", ["/usr/lib/polkit-1/polkitd", "--no-debug"])
-        owned = ["busctl", f"--address={self.address}", "call", "org.freedesktop.DBus", "/org/freedesktop/DBus"]
-        owned += ["org.freedesktop.DBus", "NameHasOwner", "s", "org.freedesktop.PolicyKit1"]
-        wait_for(lambda: "true" in subprocess.run(owned, capture_output=True, text=True).stdout, "polkitd")
+        wait_for(lambda: self.owned("org.freedesktop.PolicyKit1"), "polkitd")
 
     def start_workers(self, engine: str) -> None:
         """A socket that starts the real worker for each connection, as its socket unit does."""
@@ -225,6 +226,30 @@ class World:
         env = {"PYTHONPATH": str(CHECKOUT), "MALLOC_ARENA_MAX": "2", **self.environment}
         self.daemon = self.spawn("daemon", command, user=DAEMON_UID, env=env)
         wait_for(lambda: self._daemon_log().count("is ready") > seen, "the daemon", self.daemon)
+
+    def start_vault(self, *arguments: str | Path, first: str = "") -> subprocess.Popen[bytes]:
+        """The real vault, as root, with its files below `root`; it stays until `stop` unless the arguments say else.
+
+        `first` is a piece of shell that runs before it in its namespace, to mount something.
+        """
+        command: list[str | Path] = [sys.executable, "-m", "ai_assistant.tee.vault", "--root", self.directory / "root"]
+        env = {"PYTHONPATH": str(CHECKOUT)}
+        command += ["--bus-address", self.address, "--idle", "600", *arguments]
+        process = self.spawn("vault", ["sh", "-c", f'set -e; {first}\nexec "$@"', "sh", *command], env=env)
+        wait_for(lambda: self.owned("org.ai_assistant1.Vault"), "the vault", process)
+        return process
+
+    def owned(self, name: str) -> bool:
+        """Whether somebody has that name on the bus."""
+        owned = ["busctl", f"--address={self.address}", "call", "org.freedesktop.DBus", "/org/freedesktop/DBus"]
+        owned += ["org.freedesktop.DBus", "NameHasOwner", "s", name]
+        return "true" in subprocess.run(owned, capture_output=True, text=True).stdout
+
+    def vault(self, member: str, user: str = "root") -> str:
+        """Call a method of the vault; standard output, or standard error if it failed."""
+        name = "org.ai_assistant1.Vault"
+        done = self.busctl("call", name, "/org/ai_assistant1/vault", name, member, user=user)
+        return done.stdout if done.returncode == 0 else done.stderr
 
     def _daemon_log(self) -> str:
         path = self.directory / "daemon.log"

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from ai_assistant.daemon import inspection
+from ai_assistant.daemon import bus, inspection
 from ai_assistant.daemon.authority import ADMIN_GROUP, USER_GROUP, USER_SCOPES, allowed
-from ai_assistant.daemon.bus import inference, job, manager, model, schema
+from ai_assistant.daemon.bus import inference, job, manager, model
 from ai_assistant.daemon.contract import Peer, Scope
+from ai_assistant.services import schema
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DATA = CHECKOUT / "daemon" / "data"
@@ -27,9 +28,9 @@ def test_reference_is_generated_from_the_xml() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", schema.NAMES)
+@pytest.mark.parametrize("name", bus.NAMES)
 def test_every_member_is_documented_and_answered(name: str) -> None:
-    interface = schema.load(name)
+    interface = bus.load(name)
     handlers: dict[str, type[Any]] = {
         "Manager": manager.Manager,
         "Inference": inference.Inference,
@@ -50,9 +51,9 @@ def test_a_handler_that_does_not_fit_is_refused() -> None:
         async def cancel(self) -> None: ...
 
     with pytest.raises(TypeError, match="takes 0 arguments"):
-        schema.check(schema.load("Job"), Wrong())
+        schema.check(bus.load("Job"), Wrong())
     with pytest.raises(TypeError, match="has no coroutine"):
-        schema.check(schema.load("Job"), object())
+        schema.check(bus.load("Job"), object())
 
 
 def test_polkit_knows_every_scope() -> None:

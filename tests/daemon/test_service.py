@@ -14,9 +14,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from ai_assistant.daemon import bus
 from ai_assistant.daemon import config as configuration
 from ai_assistant.daemon.authority import Authority
-from ai_assistant.daemon.bus.connection import ROOT, Call, Connection
+from ai_assistant.daemon.bus import ROOT
 from ai_assistant.daemon.bus.model import ModelObject
 from ai_assistant.daemon.contract import Counters, Scope, caller
 from ai_assistant.daemon.inspection import Inspection
@@ -28,6 +29,7 @@ from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.status import Machine
 from ai_assistant.engines.contract import GenerateRequest
 from ai_assistant.errors import Busy, InvalidModel, NoSuchModel
+from ai_assistant.services.connection import Call, Connection
 from tests.daemon.test_registry import put
 from tests.daemon.test_residency import INFO, Lab
 
@@ -99,7 +101,7 @@ async def test_two_imports_of_one_name_are_one_object(service: DaemonService, ti
 
 
 async def test_one_broken_object_does_not_hide_the_others(caplog: pytest.LogCaptureFixture) -> None:
-    connection = Connection()
+    connection = Connection(map(bus.load, bus.NAMES), root=ROOT)
 
     class Good:
         def properties(self) -> dict[str, object]:

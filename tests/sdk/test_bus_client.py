@@ -36,7 +36,7 @@ from ai_assistant import (
     Timeout,
 )
 from ai_assistant._results import STATUS_KEYS
-from ai_assistant.daemon.bus import schema
+from ai_assistant.daemon import bus
 from tests.sdk import bus_service
 from tests.sdk.bus_service import ERROR, ROOT, Broker, Scripted, scripted
 
@@ -64,7 +64,7 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
 
 def test_the_script_serves_what_the_xml_says(client: Client, daemon: Scripted, tmp_path: Path) -> None:
     """Otherwise these tests would prove nothing about the real daemon."""
-    known = {name: schema.load(name) for name in schema.NAMES}
+    known = {name: bus.load(name) for name in bus.NAMES}
     model, job = known["Model"], known["Job"]
     assert {name: each.type for name, each in model.properties.items()} == {
         name: str(variant.signature) for name, variant in bus_service.model("x").items()

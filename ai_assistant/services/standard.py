@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 EVERYWHERE = """ <interface name="org.freedesktop.DBus.Introspectable">
   <method name="Introspect"><arg name="xml_data" type="s" direction="out"/></method>
  </interface>
@@ -43,3 +45,26 @@ METHODS = {
     ("org.freedesktop.DBus.Properties", "Set"): "ssv",
     ("org.freedesktop.DBus.Properties", "GetAll"): "s",
 }
+
+
+def document(interfaces: Sequence[str], names: Sequence[str], *, manager: bool) -> str:
+    """Introspection XML of an object: its own interfaces, the names of its children, and the standard interfaces."""
+    lines = [
+        '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"',
+        ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">',
+        "<node>",
+        EVERYWHERE,
+    ]
+    if interfaces:
+        lines.append(PROPERTIES)
+    if manager:
+        lines.append(OBJECT_MANAGER)
+    lines += interfaces
+    lines += [f' <node name="{name}"/>' for name in names]
+    return "\n".join([*lines, "</node>", ""])
+
+
+def children(path: str, objects: Iterable[str]) -> list[str]:
+    """Names directly below `path`; compared by whole components, so /a/t is no parent of /a/tt."""
+    prefix = "/" if path == "/" else path + "/"
+    return sorted({each[len(prefix) :].partition("/")[0] for each in objects if each.startswith(prefix)})

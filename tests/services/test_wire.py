@@ -17,10 +17,13 @@ import pytest_asyncio
 from dbus_fast import Message, MessageType, Variant
 from dbus_fast._private.unmarshaller import Unmarshaller
 
-from ai_assistant.daemon.bus import wire as module
-from ai_assistant.daemon.bus.connection import ROOT, Call, Connection
-from ai_assistant.daemon.bus.values import plain, variant, variants
-from ai_assistant.daemon.bus.wire import (
+from ai_assistant.daemon import bus
+from ai_assistant.daemon.bus import ROOT
+from ai_assistant.errors import ServiceUnavailable
+from ai_assistant.services import wire as module
+from ai_assistant.services.connection import Call, Connection
+from ai_assistant.services.values import plain, variant, variants
+from ai_assistant.services.wire import (
     MAX_MESSAGE_BYTES,
     SMALL_MESSAGE_BYTES,
     BusError,
@@ -29,7 +32,6 @@ from ai_assistant.daemon.bus.wire import (
     Wire,
     parse_header,
 )
-from ai_assistant.errors import ServiceUnavailable
 
 OK = b"OK 0123456789abcdef\r\nAGREE_UNIX_FD\r\n"
 
@@ -204,7 +206,7 @@ async def test_lost_descriptors_end_the_connection(peer: Peer) -> None:
 
 
 async def test_what_a_method_does_not_take_is_not_decoded() -> None:
-    connection = Connection()
+    connection = Connection(map(bus.load, bus.NAMES), root=ROOT, large=bus.TEXTS)
 
     class Handler:
         def properties(self) -> dict[str, object]:

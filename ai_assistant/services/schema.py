@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
-NAMES = ("Manager", "Inference", "Model", "Job")
 PREFIX = "org.ai_assistant1."
 _DOC = "{http://www.freedesktop.org/dbus/1.0/doc.dtd}doc"
 
@@ -80,12 +78,6 @@ class Interface:
                 lines.append("  </property>")
         lines.append(" </interface>")
         return "\n".join(lines)
-
-
-def load(name: str) -> Interface:
-    """The interface ``org.ai_assistant1.<name>`` from its file beside this module."""
-    text = (resources.files(__package__) / "xml" / f"{PREFIX}{name}.xml").read_text("utf-8")
-    return parse(text)
 
 
 def parse(text: str) -> Interface:

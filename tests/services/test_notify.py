@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ai_assistant.daemon import notify as module
+from ai_assistant.services import notify as module
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -66,7 +66,7 @@ def test_watchdog(
 def test_sockets_are_taken_by_name(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"
-        "from ai_assistant.daemon.notify import passed_sockets\n"
+        "from ai_assistant.services.notify import passed_sockets\n"
         "os.environ['LISTEN_PID'] = str(os.getpid())\n"
         "found = passed_sockets('api')\n"
         "print([each.getsockname() for each in found], [each.get_inheritable() for each in found])\n"

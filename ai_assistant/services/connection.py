@@ -16,18 +16,14 @@ from typing import Any, Protocol
 
 from dbus_fast import Message, MessageFlag, MessageType, Variant
 
-from ai_assistant.daemon.bus import schema, standard
-from ai_assistant.daemon.bus.wire import MAX_MESSAGE_BYTES, SMALL_MESSAGE_BYTES, BusError, Header, Incoming, Wire
 from ai_assistant.errors import AIAssistantError, Busy, InternalError, InvalidArgument
+from ai_assistant.services import schema, standard
+from ai_assistant.services.wire import MAX_MESSAGE_BYTES, SMALL_MESSAGE_BYTES, BusError, Header, Incoming, Wire
 
 log = logging.getLogger(__name__)
 
-BUS_NAME = "org.ai_assistant1"
-ROOT = "/org/ai_assistant1"
 _ERROR = "org.freedesktop.DBus.Error."
 _CHANGE_INTERVAL_S = 0.25
-_LARGE = frozenset({"Generate", "OpenStream", "Embed"})
-"""Methods that take texts."""
 
 
 class Handler(Protocol):
@@ -74,12 +70,28 @@ class DBusFault(Exception):
 
 
 class Connection:
-    """The daemon's presence on a bus."""
+    """A service's presence on a bus.
 
-    def __init__(self, *, calls_per_caller: int = 64) -> None:
+    Args:
+        interfaces: those that its objects may have.
+        root: the object that is the object manager of the others; empty: there is none.
+        large: names of methods whose messages may be over 64 KiB.
+    """
+
+    def __init__(
+        self,
+        interfaces: Iterable[schema.Interface],
+        *,
+        root: str = "",
+        large: frozenset[str] = frozenset(),
+        calls_per_caller: int = 64,
+    ) -> None:
         self._objects: dict[str, dict[str, Handler]] = {}
-        self._schemas: dict[str, schema.Interface] = {schema.PREFIX + name: schema.load(name) for name in schema.NAMES}
+        self._schemas: dict[str, schema.Interface] = {each.name: each for each in interfaces}
+        self._root = root
+        self._large = large
         self._limit = calls_per_caller
+        self._quiet_since = asyncio.get_running_loop().time()
         self._calls: dict[str, set[asyncio.Task[None]]] = {}
         self._dirty: dict[tuple[str, str], set[str]] = {}
         self._timers: dict[tuple[str, str], asyncio.TimerHandle] = {}
@@ -102,11 +114,11 @@ class Connection:
         )
         await self._driver("AddMatch", "s", [rule])
 
-    async def own_name(self, name: str = BUS_NAME) -> None:
+    async def own_name(self, name: str) -> None:
         """Take the well-known name.
 
         Raises:
-            Busy: another daemon has it.
+            Busy: another process has it.
         """
         do_not_queue = 4
         try:
@@ -114,7 +126,23 @@ class Connection:
         except BusError as error:
             raise InternalError(f"may not own {name}: {error.message}") from error
         if reply.body[0] != 1:
-            raise Busy(f"{name} is owned by another process", hint="is another ai-assistantd running?")
+            raise Busy(f"{name} is owned by another process", hint="is another instance of the service running?")
+
+    async def release_name(self, name: str) -> None:
+        """Give the well-known name back, and answer what was asked until then; later calls start the service anew.
+
+        Raises:
+            BusError: the bus is gone.
+        """
+        await self._driver("ReleaseName", "s", [name])
+        # The bus keeps the order, so whatever it had for us has arrived with its reply.
+        while tasks := [task for each in self._calls.values() for task in each]:
+            await asyncio.wait(tasks)
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since the last call was answered; 0 while one is not."""
+        return 0.0 if self._calls else self._loop.time() - self._quiet_since
 
     async def credentials(self, sender: str) -> dict[str, Any]:
         """``UnixUserID``, ``UnixGroupIDs``, ``ProcessID`` of a bus connection, where the bus knows them.
@@ -159,9 +187,9 @@ class Connection:
         self._objects[path] = dict(handlers)
         for name in handlers:
             self._last[(path, name)] = self._values(path, name)
-        if path != ROOT:
+        if self._root and path != self._root:
             body = [path, {name: self._variants(path, name) for name in handlers}]
-            self._signal(ROOT, "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", "oa{sa{sv}}", body)
+            self._signal(self._root, "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", "oa{sa{sv}}", body)
 
     def unexport(self, path: str) -> None:
         """Withdraw an object; unknown paths are ignored. Announced as InterfacesRemoved."""
@@ -174,8 +202,9 @@ class Connection:
             timer = self._timers.pop((path, name), None)
             if timer is not None:
                 timer.cancel()
-        body = [path, list(handlers)]
-        self._signal(ROOT, "org.freedesktop.DBus.ObjectManager", "InterfacesRemoved", "oas", body)
+        if self._root:
+            body = [path, list(handlers)]
+            self._signal(self._root, "org.freedesktop.DBus.ObjectManager", "InterfacesRemoved", "oas", body)
 
     def changed(self, path: str, interface: str) -> None:
         """Properties of an object may have changed: at once if it was quiet, else at most 4 times a second."""
@@ -236,7 +265,7 @@ class Connection:
         method = self._method(header)
         if method is None or header.signature != method.in_signature:
             return 0
-        return MAX_MESSAGE_BYTES if method.name in _LARGE else SMALL_MESSAGE_BYTES
+        return MAX_MESSAGE_BYTES if method.name in self._large else SMALL_MESSAGE_BYTES
 
     def _method(self, header: Header) -> schema.Method | None:
         for name in self._objects.get(header.path, ()):
@@ -266,6 +295,7 @@ class Connection:
             running.discard(task)
             if not running:
                 del self._calls[sender]
+        self._quiet_since = self._loop.time()
 
     def _vanished(self, name: str) -> None:
         if not name.startswith(":"):
@@ -348,10 +378,10 @@ class Connection:
                 return "s", [_machine_id()]
             case "Introspect":
                 return "s", [self.introspect(header.path)]
-            case "GetManagedObjects" if header.path == ROOT:
+            case "GetManagedObjects" if header.path and header.path == self._root:
                 return "a{oa{sa{sv}}}", [self._managed()]
             case "GetManagedObjects":
-                raise DBusFault("UnknownMethod", f"the object manager is {ROOT}")
+                raise DBusFault("UnknownMethod", f"the object manager is {self._root or 'not here'}")
         return self._property_call(header.path, header.member, incoming.body)
 
     def _property_call(self, path: str, member: str, body: Sequence[Any]) -> tuple[str, list[Any]]:
@@ -377,7 +407,7 @@ class Connection:
     def _managed(self) -> dict[str, dict[str, dict[str, Variant]]]:
         found: dict[str, dict[str, dict[str, Variant]]] = {}
         for path, handlers in self._objects.items():
-            if path == ROOT:
+            if path == self._root:
                 continue
             try:
                 found[path] = {name: self._variants(path, name) for name in handlers}
@@ -388,20 +418,9 @@ class Connection:
 
     def introspect(self, path: str) -> str:
         """Introspection XML of any path, with the children below it."""
-        lines = [
-            '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"',
-            ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">',
-            "<node>",
-            standard.EVERYWHERE,
-        ]
-        handlers = self._objects.get(path, {})
-        if handlers:
-            lines.append(standard.PROPERTIES)
-        if path == ROOT:
-            lines.append(standard.OBJECT_MANAGER)
-        lines += [self._schemas[name].xml() for name in handlers]
-        lines += [f' <node name="{child}"/>' for child in _children(path, self._objects)]
-        return "\n".join([*lines, "</node>", ""])
+        interfaces = [self._schemas[name].xml() for name in self._objects.get(path, {})]
+        manager = bool(path) and path == self._root
+        return standard.document(interfaces, standard.children(path, self._objects), manager=manager)
 
     def _reply(self, incoming: Incoming, signature: str, body: list[Any]) -> None:
         header = incoming.header
@@ -448,12 +467,6 @@ class Connection:
             body=[text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()[:4000]],
         )
         self.wire.send(message)
-
-
-def _children(path: str, objects: Iterable[str]) -> list[str]:
-    """Names directly below `path`; compared by whole components, so /a/t is no parent of /a/tt."""
-    prefix = "/" if path == "/" else path + "/"
-    return sorted({each[len(prefix) :].partition("/")[0] for each in objects if each.startswith(prefix)})
 
 
 def _machine_id() -> str:
