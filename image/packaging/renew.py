@@ -77,7 +77,9 @@ def read_index(text: str) -> dict[Installed, Package]:
             int(fields["Size"]),
             fields["Filename"],
         )
-        found[Installed(package.name, package.version, package.architecture)] = package
+        installed = Installed(package.name, package.version, package.architecture)
+        # The same package can be in the archive and in its security archive: either path does, the same one each time.
+        found[installed] = min(package, found.get(installed, package), key=lambda each: each.path)
     return found
 
 
