@@ -212,6 +212,11 @@ STATUS_KEYS = (
     "temperatures",
     "watts",
     "watts_source",
+    "storage_encryption",
+    "storage_reason",
+    "storage_opened_by",
+    "secure_boot",
+    "recovery_key_pending",
     "models",
     "running",
 )

@@ -8,6 +8,8 @@ from typing import Any
 
 from ai_assistant.daemon import sensors
 from ai_assistant.daemon.sensors import read_text
+from ai_assistant.tee import storage
+from ai_assistant.tee.storage import Storage
 
 _PROFILES = frozenset({"developer", "production", "test"})
 
@@ -35,6 +37,14 @@ class Machine:
         """Bytes free for us where models are kept."""
         return sensors.disk(self._state_directory)[1]
 
+    def storage(self) -> Storage:
+        """How the storage is protected, as it was written down at boot."""
+        return storage.read(self._root)
+
+    def recovery_key_pending(self) -> bool:
+        """Whether a recovery key waits to be acknowledged."""
+        return storage.pending(self._root)
+
     def status(self) -> dict[str, Any]:
         """Everything that this machine can tell; None where nothing measures it."""
         root = self._root
@@ -42,6 +52,7 @@ class Machine:
         disk_total, disk_free = sensors.disk(self._state_directory)
         found = sensors.temperatures(root)
         watts, source = self._watts.read()
+        protected = self.storage()
         return {
             "hostname": read_text(root / "proc/sys/kernel/hostname") or os.uname().nodename,
             "os": self._os,
@@ -60,6 +71,11 @@ class Machine:
             "cores": self._cores,
             "addresses": sensors.addresses(root),
             "profile": self.profile,
+            "storage_encryption": str(protected.encryption),
+            "storage_reason": protected.reason,
+            "storage_opened_by": protected.opened_by,
+            "secure_boot": str(protected.secure_boot),
+            "recovery_key_pending": self.recovery_key_pending(),
         }
 
 

@@ -36,11 +36,16 @@ class Manager:
         self._job_path = job_path
 
     def properties(self) -> Mapping[str, Any]:
+        machine = self._service.machine
+        protected = machine.storage()
         return {
             "Version": VERSION,
             "State": self._service.current_state(),
             "Health": self._service.health(),
             "ModelCount": len(self._service.registry.all()),
+            "StorageEncryption": str(protected.encryption),
+            "StorageReason": protected.reason,
+            "RecoveryKeyPending": machine.recovery_key_pending(),
         }
 
     async def get_status(self, call: Call) -> Mapping[str, Any]:

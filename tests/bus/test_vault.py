@@ -256,6 +256,21 @@ def test_one_reseal_at_a_time_and_it_outlives_its_caller(world: World) -> None:
     assert process.wait(15) == 0
 
 
+def test_the_daemon_says_so_too_and_sees_no_key(world: World) -> None:
+    world.start_vault("--refresh", "true")
+    world.start_daemon()
+
+    def manager(name: str) -> object:
+        return world.property("/org/ai_assistant1", "Manager", name)
+
+    assert (manager("StorageEncryption"), manager("StorageReason"), manager("RecoveryKeyPending")) == ("tpm2", "", True)
+    assert world.vault("AcknowledgeRecoveryKey", "admin") == ""
+    assert manager("RecoveryKeyPending") is False
+    describe(root(world), PLAIN)
+    assert (manager("StorageEncryption"), manager("StorageReason")) == ("none", "this machine has no TPM")
+    assert KEY not in world.call("GetStatus", user="outsider")
+
+
 def test_it_leaves_when_nobody_asks(world: World) -> None:
     process = world.start_vault("--idle", "1")
     assert KEY in world.vault("GetRecoveryKey")

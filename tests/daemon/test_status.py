@@ -7,6 +7,7 @@ import pytest
 
 from ai_assistant.daemon import sensors
 from ai_assistant.daemon.status import Machine
+from tests.support.recovery import ENCRYPTED, describe, flag, key_waits
 
 MEMINFO = "MemTotal:       16000 kB\nMemFree:  1 kB\nMemAvailable:   8000 kB\n"
 FIB = """Main:
@@ -92,6 +93,23 @@ def test_what_is_not_measured_is_none(tmp_path: Path) -> None:
         assert status[key] is None, key
     assert (status["watts_source"], status["temperatures"], status["addresses"]) == ("none", [], [])
     assert status["profile"] == "unknown"
+
+
+def test_the_storage_is_reported_as_what_it_is(root: Path) -> None:
+    status = Machine(root, root).status()
+    assert (status["storage_encryption"], status["recovery_key_pending"]) == ("unknown", False)
+    assert "container" in status["storage_reason"]
+    describe(root, ENCRYPTED)
+    key_waits(root)
+    machine = Machine(root, root)
+    status = machine.status()
+    assert (status["storage_encryption"], status["storage_reason"]) == ("tpm2", "")
+    assert (status["storage_opened_by"], status["secure_boot"], status["recovery_key_pending"]) == ("tpm2", "on", True)
+    # It is acknowledged, and the record turns out to be damaged: both are seen without a restart.
+    flag(root).unlink()
+    describe(root, b"{")
+    assert not machine.recovery_key_pending()
+    assert machine.status()["storage_encryption"] == "unknown"
 
 
 @pytest.mark.parametrize("text", ["0", "-128000", "200000", "", "nan", "x"])
