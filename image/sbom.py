@@ -39,16 +39,17 @@ def lock(path: Path) -> dict[tuple[str, str, str], str]:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
+    wrong = ImageError(f"{path} is no manifest of mkosi's", "build it again: make image")
     try:
         content = json.loads(path.read_text())
-        packages = content["packages"]
-        assert all({"type", "name", "version", "architecture"} <= each.keys() for each in packages)
+        rows = content["packages"]
+        if not all({"type", "name", "version", "architecture"} <= each.keys() for each in rows):
+            raise wrong
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror}", "make image") from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise ImageError(f"{path} is no manifest of mkosi's", "build it again: make image") from None
-    assert isinstance(content, dict)
-    return content
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise wrong from None
+    return dict(content)
 
 
 def packages(parts: dict[str, Path], hashes: dict[tuple[str, str, str], str]) -> list[Component]:

@@ -45,7 +45,7 @@ def partitions(image: Path) -> list[Partition]:
 def parse(table: dict[str, Any], length: int, name: str) -> list[Partition]:
     """Partitions from sfdisk's JSON, checked against the image's length in bytes."""
     if table.get("label") != "gpt":
-        raise ImageError(f"{name} has no GPT")
+        raise ImageError(f"{name} has no whole GPT: it is cut short, or no disk image", "build it again: make image")
     sector = int(table.get("sectorsize", 512))
     found = [
         Partition(
