@@ -244,6 +244,9 @@ def main(arguments: list[str]) -> int:
     except SigningError as error:
         print(f"keys: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"keys: {KeySetError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        return 1
     if options.json:
         print(json.dumps(found.describe() | {"made": made}, indent=2))
     elif made:

@@ -298,6 +298,10 @@ def main(arguments: list[str]) -> int:
     except SigningError as error:
         print(f"sign: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        words = SigningError(f"{error.filename}: {error.strerror}", "is the folder there, and may it be written?")
+        print(f"sign: {words}", file=sys.stderr)
+        return 1
     print(f"sign: {path}", file=sys.stderr)
     return 0
 

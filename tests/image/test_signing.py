@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from image.signing.keys import Key
 from image.signing.pe import PE
 from image.signing.sign import Name, check_kept
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 ALIGNMENT = 512
 HEADERS = 1024
 
@@ -149,6 +152,14 @@ def test_where_the_keys_are() -> None:
     assert keys.folder({"HOME": "/home/a"}) == Path("/home/a/.config/ai-assistant/keys")
     assert keys.folder({"HOME": "/home/a", "XDG_CONFIG_HOME": "/c"}) == Path("/c/ai-assistant/keys")
     assert keys.folder({"HOME": "/home/a", "AI_ASSISTANT_KEYS": "/mine"}) == Path("/mine")
+
+
+def test_the_script_agrees_and_makes_nothing_to_say_so(tmp_path: Path) -> None:
+    for environment in ({"XDG_CONFIG_HOME": str(tmp_path)}, {"AI_ASSISTANT_KEYS": str(tmp_path / "x/../mine")}):
+        told = environment | {"HOME": "/home/a", "PATH": os.environ["PATH"]}
+        done = subprocess.run([CHECKOUT / "image/keys", "--path"], env=told, capture_output=True, text=True, check=True)
+        assert Path(done.stdout.strip()) == Path(os.path.normpath(keys.folder(told)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_keys_are_none_and_half_a_set_is_refused(tmp_path: Path) -> None:

@@ -293,6 +293,17 @@ def test_keys_are_made_once(tmp_path: Path) -> None:
     keys.openssl("x509", "-in", first.secure_boot.public, "-noout", "-checkend", ten_years)
 
 
+def test_two_at_the_same_time_get_one_set(tmp_path: Path) -> None:
+    environment = os.environ | {"AI_ASSISTANT_KEYS": str(tmp_path / "deep" / "keys")}
+    command = ["image/keys", "--ensure", "--json"]
+    both = [subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    answers = [json.loads(each.communicate()[0]) for each in both]
+    assert sorted(answer.pop("made") for answer in answers) == [False, True]
+    assert answers[0] == answers[1]
+    assert answers[0]["keys"]["pcr"] == {"public": "pcr.pub", "private": "pcr.key"}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["keys"]
+
+
 def test_keys_that_do_not_belong_together_are_refused(original: Unsigned, tmp_path: Path) -> None:
     where = tmp_path / "keys"
     shutil.copytree(original.keys.folder, where)
