@@ -6,7 +6,7 @@ PROFILE ?= developer
 TOOLBOX := image/toolbox
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check image boot shell bench model lock keys clean
+.PHONY: help run test check image boot flash shell bench model lock keys clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ image: ## build the image (PROFILE=developer, production or test)
 
 boot: image ## boot the image in a virtual machine, its console here
 	@$(TOOLBOX) python3 -m image.vm boot --image "$$(image/build --print $(PROFILE))"
+
+flash: $(if $(DEVICE),image) ## write the image to a stick or disk (DEVICE=/dev/sdX; without it, list them)
+	@image/flash $(if $(DEVICE),--profile $(PROFILE) $(DEVICE),--list)
 
 shell: image ## a root shell in the appliance, with this checkout's Python
 	@$(TOOLBOX) python3 -m image.container shell --image "$$(image/build --print $(PROFILE))"
