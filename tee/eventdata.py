@@ -6,6 +6,7 @@ Nothing here fails: data that are not what their event's type promises read as N
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from uuid import UUID
@@ -48,7 +49,7 @@ def variable(data: bytes) -> Variable | None:
         name = data[32 : 32 + 2 * characters].decode("utf-16-le")
     except UnicodeDecodeError:
         return None
-    return Variable(UUID(bytes_le=data[:16]), name, data[32 + 2 * characters :])
+    return Variable(UUID(bytes_le=data[:16]), name, data[32 + 2 * characters :]) if name.isprintable() else None
 
 
 def image_path(data: bytes) -> str | None:
@@ -103,7 +104,7 @@ def text(event: Event) -> str:
         return found.name
     if event.type in _IMAGES:
         path = image_path(data)
-        return _short("loaded from memory" if path == "" else path or _hex(data))
+        return clean("loaded from memory" if path == "" else path or _hex(data))
     return _words(data)
 
 
@@ -131,7 +132,7 @@ def _utf16(data: bytes) -> str:
         found = data.decode("utf-16-le").rstrip("\0")
     except UnicodeDecodeError:
         return ""
-    return _short(found) if found.isprintable() else ""
+    return clean(found) if found.isprintable() else ""
 
 
 def _ascii(data: bytes) -> str:
@@ -139,11 +140,13 @@ def _ascii(data: bytes) -> str:
         found = data.rstrip(b"\0").decode("ascii")
     except UnicodeDecodeError:
         return ""
-    return _short(found) if found.isprintable() else ""
+    return clean(found) if found.isprintable() else ""
 
 
-def _short(found: str) -> str:
-    return found if len(found) <= _MAX_TEXT else found[:_MAX_TEXT] + "…"
+def clean(words: str) -> str:
+    """Somebody's words on one line, without control characters, and not too many."""
+    shown = "".join(c if c.isprintable() else "�" for c in words[:_MAX_TEXT])
+    return shown if len(words) <= _MAX_TEXT else shown + "…"
 
 
 def _hex(data: bytes) -> str:
@@ -179,7 +182,9 @@ def subject(der: bytes) -> str:
     # Where nothing is to be explained, nothing of this is loaded.
     from cryptography import x509
 
-    try:
-        return _short(x509.load_der_x509_certificate(der).subject.rfc4514_string()).replace("\n", " ")
-    except Exception:  # whatever a hostile certificate can make of a parser that is not ours
-        return ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is an odd certificate is no news here
+        try:
+            return clean(x509.load_der_x509_certificate(der).subject.rfc4514_string())
+        except Exception:  # whatever a hostile certificate can make of a parser that is not ours
+            return ""

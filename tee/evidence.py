@@ -267,8 +267,7 @@ def choose(candidates: Sequence[Published], key: bytes, uki: str, command_line: 
         try:
             good.append((each, load(each.raw, each.signature, key)))
         except InvalidMeasurements as error:
-            error.message = f"{each.name}: {error.message}"
-            bad.append(error)
+            bad.append(type(error)(f"{each.name}: {error.message}", hint=error.hint))
     if not good:
         raise bad[0] if bad else NoMeasurements("there are no measurements to choose from")
     hashes = {word.removeprefix("roothash=") for word in command_line.split() if word.startswith("roothash=")}

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ai_assistant.tee.eventdata import text
+from ai_assistant.tee.eventdata import clean, text
 from ai_assistant.tee.eventlog import ZERO, Event, EventType, Extension
 from ai_assistant.tee.measurements import Measurements
 from ai_assistant.tee.report import Check, differs, information, published
@@ -138,7 +138,7 @@ def _section(name: str, component: str, expected: str, found: str) -> Check:
 
 def _illegal(said: Sequence[Extension]) -> list[Check]:
     words = {hashlib.sha256(phase.encode()).digest(): phase for phase in PHASES}
-    path = [words.get(each.digest, f"something else ({each.text[:60] or each.digest.hex()})") for each in said]
+    path = [words.get(each.digest, f"something else ({clean(each.text[:60]) or each.digest.hex()})") for each in said]
     legal = path == list(PHASES[: len(path)])
     if legal:
         return []

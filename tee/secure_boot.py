@@ -13,6 +13,7 @@ from ai_assistant.tee.report import Check, differs, information, published
 PCR = 7
 # The PC Client profile allows both; anything else is the firmware's way to say that it failed.
 SEPARATORS = tuple(hashlib.sha256(data).digest() for data in (b"\0\0\0\0", b"\xff\xff\xff\xff"))
+_UNKNOWN = "not known to this firmware"
 _IN_WORDS = {
     "PK": "platform key (PK)",
     "KEK": "key exchange keys (KEK)",
@@ -74,13 +75,19 @@ def _variable(
 
 
 def _off(name: str, component: str, found: str, setup_mode: bool) -> Check:
-    if setup_mode:
+    if _UNKNOWN in found:
         meaning = (
-            "Secure Boot is in setup mode: no platform key is enrolled, so the firmware starts any program, and "
-            "whoever can write to the boot partition can replace what boots."
+            "This firmware has no Secure Boot: it starts any program, and whoever can write to the boot partition can "
+            "replace what boots. The measurements still show what was started."
+        )
+        hint = "look for newer firmware of the board; in a virtual machine, choose firmware with Secure Boot"
+    elif setup_mode:
+        meaning = (
+            "Secure Boot is off and in setup mode: no platform key is enrolled, so the firmware starts any program, "
+            "and whoever can write to the boot partition can replace what boots."
         )
         hint = "boot the image once more: its boot loader enrols the release's keys by itself and restarts"
-        found = "off, in setup mode"
+        found = f"{found}, in setup mode"
     else:
         meaning = (
             "Secure Boot is off: the firmware starts any program, signed or not. The measurements still show what "
@@ -95,7 +102,7 @@ def _content(found: Variable | None, event: Event) -> str:
         return f"measured as {event.digest.hex()}, but the log's text about it is not what was measured"
     assert found is not None
     if found.name == "SecureBoot":
-        return {b"\0": "off", b"\1": "on"}.get(found.content, "neither on nor off")
+        return {b"": _UNKNOWN, b"\0": "off", b"\1": "on"}.get(found.content, "neither on nor off")
     if not found.content:
         return "empty"
     entries = signatures(found.content)
@@ -106,11 +113,7 @@ def _content(found: Variable | None, event: Event) -> str:
 
 
 def _others(found: Variable) -> str:
-    return "revoked signers (dbx)" if found.name == "dbx" else f"variable {text_of(found.name)}"
-
-
-def text_of(name: str) -> str:
-    return name if name.isprintable() else ascii(name)
+    return "revoked signers (dbx)" if found.name == "dbx" else f"variable {found.name}"
 
 
 def _authority(events: Sequence[Event], expected: Measurements, on: bool) -> list[Check]:
@@ -143,7 +146,7 @@ def _signer(event: Event) -> str:
     if found is None or not event.genuine:
         return f"measured as {event.digest.hex()}"
     # An entry of a signature list: its owner, then the certificate.
-    return f"{text_of(found.name)}: {subject(found.content[16:]) or event.digest.hex()}"
+    return f"{found.name}: {subject(found.content[16:]) or event.digest.hex()}"
 
 
 def _actions(events: Sequence[Event]) -> list[Check]:

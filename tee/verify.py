@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from ai_assistant.tee import kernel_image, programs, running, secure_boot
-from ai_assistant.tee.eventdata import text
+from ai_assistant.tee.eventdata import clean, text
 from ai_assistant.tee.eventlog import ZERO, EventLog, Extension, extend, replay
 from ai_assistant.tee.measurements import Measurements
 from ai_assistant.tee.report import Check, Report, differs, information
@@ -91,9 +91,8 @@ def _replay(
 
 
 def _misled(pcr: int, replayed: bytes, value: bytes, said: Sequence[Extension]) -> Check:
-    later = (
-        f"; the running system says that it added: {', '.join(e.text[:60] or '?' for e in said[:4])}" if said else ""
-    )
+    words = ", ".join(clean(each.text[:60]) or "?" for each in said[:4])
+    later = f"; the running system says that it added: {words}" if said else ""
     return differs(
         f"event-log-{pcr}",
         f"event log of PCR {pcr}",
@@ -113,7 +112,10 @@ def _values(log: EventLog, extensions: Sequence[Extension] | None, pcrs: Mapping
     for pcr, component in _LATER.items():
         if pcrs[pcr] == ZERO:
             continue
-        events = [*(text(event) for event in log.of(pcr)), *(e.text[:80] for e in extensions or () if e.pcr == pcr)]
+        events = [
+            *(text(event) for event in log.of(pcr)),
+            *(clean(e.text[:80]) for e in extensions or () if e.pcr == pcr),
+        ]
         said = ", ".join(dict.fromkeys(each for each in events[:6] if each))
         checks.append(information(f"pcr-{pcr}", component, pcr, said or pcrs[pcr].hex()))
     return checks
