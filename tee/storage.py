@@ -13,7 +13,7 @@ import stat
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 FOLDER = Path("run/ai-assistant-storage")
 STATE = FOLDER / "state.json"
@@ -21,6 +21,7 @@ PENDING = FOLDER / "recovery-pending"
 """There while a recovery key waits to be acknowledged; for those who may not see the key's own folder."""
 MAX_BYTES = 64 << 10
 _MAX_REASON = 300
+Word = TypeVar("Word", bound=StrEnum)
 
 
 class Encryption(StrEnum):
@@ -119,8 +120,18 @@ def parse(data: bytes) -> Storage:
         reason=_text(record, "reason"),
         opened_by=_text(record, "opened_by"),
         device=_text(record, "device"),
-        secure_boot=SecureBoot(secure_boot) if secure_boot in set(SecureBoot) else SecureBoot.UNKNOWN,
+        secure_boot=_word(secure_boot, SecureBoot.UNKNOWN),
         tpm=tpm,
+    )
+
+
+def told(encryption: object, reason: object, opened_by: object, secure_boot: object) -> Storage:
+    """From what a service says; a word that only a later version knows, or none, is unknown."""
+    return Storage(
+        encryption=_word(encryption, Encryption.UNKNOWN),
+        reason=reason if isinstance(reason, str) else "",
+        opened_by=opened_by if isinstance(opened_by, str) else "",
+        secure_boot=_word(secure_boot, SecureBoot.UNKNOWN),
     )
 
 
@@ -144,6 +155,12 @@ def read_small(path: Path, limit: int, *, folder: int | None = None) -> bytes:
     if len(data) > limit:
         raise ValueError(f"larger than {limit} bytes")
     return data
+
+
+def _word(value: object, unknown: Word) -> Word:
+    """A word as a member of the enumeration of `unknown`, or that."""
+    kind = type(unknown)
+    return kind(value) if isinstance(value, str) and value in set(kind) else unknown
 
 
 def _text(record: dict[str, Any], key: str) -> str:

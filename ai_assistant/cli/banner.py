@@ -11,14 +11,19 @@ import fcntl
 import os
 import socket
 import struct
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ai_assistant
+from ai_assistant.errors import AIAssistantError, InvalidRecoveryKey
+from ai_assistant.tee import storage
 
 TIMEOUT_S = 3.0
 DEVELOPER = "developer"
+_WIDTH = 79
+_SHOW_KEY = "ai-assistant storage recovery-key"
 _SIOCGIFADDR = 0x8915
 
 
@@ -41,6 +46,8 @@ def text(root: Path, status: Mapping[str, Any] | None) -> str:
     if status is not None:
         lines.append(f"  model    {_models(known)}")
         lines.append(f"  power    {_watts(known)}")
+    lines += _wrapped(f"  storage  {storage.read(root).sentence()}", 11)
+    lines += recovery_key(root)
     developer = profile(root) == DEVELOPER
     account = f" as {DEVELOPER}" if developer else ""
     lines += ["", f"  Log in{account}, then type one of"]
@@ -51,6 +58,35 @@ def text(root: Path, status: Mapping[str, Any] | None) -> str:
         lines.append("  Set one with passwd; until then no SSH server runs.")
     # getty expands backslashes in this text, and nothing in it means to.
     return "\n".join(lines).replace("\\", "/") + "\n\n"
+
+
+def recovery_key(root: Path) -> list[str]:
+    """While a recovery key waits to be written down: the key for root, who alone may read it; else how to see it."""
+    from ai_assistant.tee.vault.recovery import Recovery
+
+    try:
+        key = Recovery(root).key()
+    except InvalidRecoveryKey as error:
+        return ["", *_wrapped(f"  WARNING: {error.message}.", 2), *_wrapped(f"  Please {error.hint}.", 2)]
+    except AIAssistantError:
+        if not storage.pending(root):
+            return []
+        return ["", "  RECOVERY KEY: one waits to be written down. An administrator sees it with", f"    {_SHOW_KEY}"]
+    return [
+        "",
+        "  RECOVERY KEY: write it down now and keep it away from this machine. It opens",
+        "  the storage when the TPM does not, as after a change of firmware.",
+        "",
+        f"    {key}",
+        "",
+        "  It is shown here until you say that you have it:",
+        "    ai-assistant storage acknowledge",
+    ]
+
+
+def _wrapped(line: str, indent: int) -> list[str]:
+    """A long line as lines of a console, indented from the second on."""
+    return textwrap.wrap(line, _WIDTH, subsequent_indent=" " * indent)
 
 
 def _models(status: Mapping[str, Any]) -> str:

@@ -16,11 +16,15 @@ from typing import Any, Literal
 
 from ai_assistant._transport import GROUP_HINT, socket_path
 from ai_assistant.cli.output import size
+from ai_assistant.cli.status import protection
+from ai_assistant.cli.storage import SHOW_KEY
 from ai_assistant.client import Client
 from ai_assistant.errors import AIAssistantError
 
 USERS, ADMINS = "ai-assistant", "ai-assistant-admin"
-ACTIONS = frozenset(f"org.ai-assistant1.{each}" for each in ("infer", "load", "import", "unload", "remove"))
+ACTIONS = frozenset(
+    f"org.ai-assistant1.{each}" for each in ("infer", "load", "import", "unload", "remove", "recovery-key", "reseal")
+)
 STATE_DIRECTORY = Path("/var/lib/ai-assistant")
 LEAST_DISK_BYTES = 512 * 1024 * 1024
 LEAST_MEMORY_BYTES = 256 * 1024 * 1024
@@ -121,6 +125,19 @@ def disk() -> Result:
     return Result("disk", "ok", detail)
 
 
+def storage() -> Result:
+    """What is not protected is a warning: the machine works, and its owner should know."""
+    with Client() as client:
+        status = client.status()
+    found = protection(status)
+    if status["recovery_key_pending"]:
+        return Result("storage", "warning", f"{found.sentence()}; its recovery key is not written down", SHOW_KEY)
+    if found.encryption != "tpm2" or found.secure_boot != "on":
+        hint = "whoever has the machine in hand may be able to read its disk: see ai-assistant storage"
+        return Result("storage", "warning", found.sentence(), hint)
+    return Result("storage", "ok", found.sentence())
+
+
 def memory() -> Result:
     available = total = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -182,6 +199,7 @@ CHECKS: tuple[Callable[[], Result], ...] = (
     polkit,
     groups,
     disk,
+    storage,
     memory,
     units,
     configuration,

@@ -64,17 +64,22 @@ def usage_error(message: str) -> Exception:
     return made  # type: ignore[no-any-return]
 
 
+def require_terminal(out: Output) -> None:
+    """For a command that must ask before it changes something."""
+    import sys
+
+    if out.json or sys.stdin is None or not sys.stdin.isatty() or not out.terminal(sys.stderr):
+        raise usage_error("this changes the system, and there is no terminal to ask on: say --yes")
+
+
 def confirm(out: Output, question: str, yes: bool) -> None:
     """Ask before a change; without a terminal to ask on, only --yes will do.
 
     Raises:
         typer.Abort: the answer was no.
     """
-    import sys
-
     if yes:
         return
-    if out.json or sys.stdin is None or not sys.stdin.isatty() or not out.terminal(sys.stderr):
-        raise usage_error("this changes the system, and there is no terminal to ask on: say --yes")
+    require_terminal(out)
     if not typer.confirm(question, err=True):
         raise typer.Abort

@@ -9,6 +9,9 @@ import typer
 
 from ai_assistant.cli.options import Debug, Json
 from ai_assistant.cli.output import Output, duration, size
+from ai_assistant.cli.storage import SHOW_KEY
+from ai_assistant.tee import storage
+from ai_assistant.tee.storage import Storage
 
 
 def status(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
@@ -35,6 +38,7 @@ def status(context: typer.Context, json: Json = False, debug: Debug = False) -> 
 def described(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The state as name and value, for people. What nothing measures is said to be unmeasured."""
     models = status["models"] or []
+    waits = [("recovery key", f"waits to be written down: {SHOW_KEY}")] if status.get("recovery_key_pending") else []
     return [
         ("appliance", " · ".join(_known(status["hostname"], status["os"], status["profile"])) or "unknown"),
         ("version", str(status["version"] or "unknown")),
@@ -45,9 +49,11 @@ def described(status: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("temperature", temperature(status)),
         ("power", watts(status)),
         ("memory", _free(status["memory_available_bytes"], status["memory_total_bytes"])),
+        ("storage", protection(status).sentence()),
         ("disk", _free(status["disk_free_bytes"], status["disk_total_bytes"])),
         ("processor", _processor(status)),
         ("up", duration(status["uptime_s"])),
+        *waits,
     ]
 
 
@@ -62,6 +68,12 @@ def watts(status: Mapping[str, Any]) -> str:
 def temperature(status: Mapping[str, Any]) -> str:
     value = status.get("temperature_c")
     return "no sensor" if value is None else f"{value:.1f} °C"
+
+
+def protection(status: Mapping[str, Any]) -> Storage:
+    """How the storage is protected; unknown where the daemon does not say."""
+    keys = ("storage_encryption", "storage_reason", "storage_opened_by", "secure_boot")
+    return storage.told(*(status.get(each) for each in keys))
 
 
 def _known(*values: Any) -> list[str]:

@@ -32,8 +32,8 @@ RESEAL = (
     *("--unit=ai-assistant-reseal", "--description=Bind the storage to the TPM anew"),
     # The tool may hold a key, so no core; and it ends even when nobody waits for it any more.
     *("--property=LimitCORE=0", f"--property=RuntimeMaxSec={_RESEAL_TIMEOUT_S}"),
-    "--setenv=PYTHONPATH=/usr/lib/ai-assistant/python",
-    *("/usr/bin/python3", "-m", "ai_assistant.provisioning.storage", "reseal"),
+    *("--setenv=PYTHONPATH=/usr/lib/ai-assistant/python", "--setenv=LANG=C.UTF-8"),
+    *("/usr/bin/python3", "-P", "-m", "ai_assistant.provisioning.storage", "reseal"),
 )
 REFRESH = ("systemctl", "--no-block", "restart", "ai-assistant-banner.service")
 """The console shows the key until it is acknowledged."""
@@ -121,15 +121,20 @@ class Vault:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("%s", error)
+            log.debug("for whoever asked, if still there: %s", error)
 
     async def _reseal(self) -> None:
         status, said = await _run(self._options.reseal, _RESEAL_TIMEOUT_S + 30)
         if status != 0:
-            message, _, hint = redacted(said).partition("\n  hint: ")
+            said = redacted(said)
+            log.warning("reseal ended with status %d: %s", status, said)
+            if "Traceback (most recent call last)" in said:
+                # A defect of the tool: what it is, and the rest is in the journal.
+                said = said.splitlines()[-1]
+            message, _, hint = said.partition("\n  hint: ")
             raise ResealFailed(
                 _line(message) or f"the tool ended with status {status} and said nothing",
-                hint=_line(hint) or "see journalctl -u ai-assistant-reseal",
+                hint=_line(hint) or "see journalctl -u ai-assistant-vaultd",
             )
 
     async def _refresh(self) -> None:

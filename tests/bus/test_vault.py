@@ -213,6 +213,7 @@ def test_reseal_tells_what_the_tool_said(world: World) -> None:
         ("exit 3", "the tool ended with status 3 and said nothing"),
         ("kill -9 $$", "the tool ended with status -9 and said nothing"),
         ("yes | head -c 50000000; echo; echo the end; exit 1", "the end"),
+        ("echo Traceback '(most recent call last):'; echo '  File x'; echo KeyError: 7; exit 1", "failed: KeyError: 7"),
         (r"printf '\377\000\033[2J'; exit 1", "[2J"),
     ],
 )

@@ -49,6 +49,7 @@ def test_status(cli: Cli, daemon: Scripted) -> None:
     assert stripped["power"] == "no sensor"
     assert stripped["memory"] == "4.0 GiB free of 8.0 GiB"
     assert stripped["disk"] == "unknown"
+    assert stripped["storage"] == "not encrypted: this machine has no TPM"
     assert stripped["up"] == "1 h 2 min"
     found = cli("status", "--json").json
     assert found["watts"] is None
@@ -180,11 +181,14 @@ def test_a_bus_without_the_daemon_is_4(cli: Cli, private_bus: Broker) -> None:
 def test_doctor(cli: Cli, daemon: Scripted) -> None:
     result = cli("doctor", "--json")
     found = {each["name"]: each for each in result.json}
-    assert list(found) == ["bus", "api", "polkit", "groups", "disk", "memory", "units", "configuration", "engine"]
+    names = "bus api polkit groups disk storage memory units configuration engine"
+    assert list(found) == names.split()
     assert found["bus"]["state"] == "ok"
     assert found["api"]["state"] == "failed"
     assert found["api"]["hint"]
     assert found["polkit"]["state"] == "failed"
+    assert found["storage"]["state"] == "warning"
+    assert "no TPM" in found["storage"]["detail"]
     assert found["memory"]["state"] in ("ok", "failed")
     assert result.status == 1
     text = cli("doctor")

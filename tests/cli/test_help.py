@@ -18,7 +18,7 @@ from tests.cli.conftest import CHECKOUT, Cli, program
 COMMANDS = (
     ("status",), ("ask",), ("chat",), ("run",), ("doctor",), ("version",), ("config", "show"), ("config", "check"),
     ("model", "list"), ("model", "show"), ("model", "import"), ("model", "remove"), ("model", "load"),
-    ("model", "unload"),
+    ("model", "unload"), ("storage", "recovery-key"), ("storage", "acknowledge"), ("storage", "reseal"),
 )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_help_reads_like_a_manual(command: tuple[str, ...]) -> None:
 def test_help_lists_the_commands_and_hides_the_banner(cli: Cli) -> None:
     result = cli("--help")
     assert result.status == 0
-    for name in ("status", "ask", "chat", "run", "model", "config", "doctor", "version"):
+    for name in ("status", "ask", "chat", "run", "model", "config", "storage", "doctor", "version"):
         assert f"\n  {name} " in result.out
     assert "banner" not in result.out
     assert "3 not authorised" in result.out

@@ -28,6 +28,7 @@ from tests.bus.world import CHECKOUT, USERS, World
 from tests.cli.conftest import Result
 from tests.cli.test_talk import Terminal
 from tests.support import gguf_writer
+from tests.support.recovery import ENCRYPTED, KEY, describe, key_waits
 
 pytestmark = [pytest.mark.bus, pytest.mark.engine]
 
@@ -194,6 +195,23 @@ def test_doctor_finds_bus_api_and_polkit_in_order(world: World) -> None:
     assert engine["state"] == "ok", engine
     outsider = {each["name"]: each for each in cli(world, "doctor", "--json", user="outsider").json}
     assert outsider["groups"]["state"] == "failed"
+
+
+def test_the_recovery_key_is_for_administrators(world: World) -> None:
+    root = world.directory / "root"
+    describe(root, ENCRYPTED)
+    key_waits(root)
+    world.start_vault("--refresh", "true")
+    for user in ("outsider", "member"):
+        assert cli(world, "storage", user=user).status == 0
+        for command in (("recovery-key",), ("acknowledge", "--yes"), ("reseal",)):
+            refused = cli(world, "storage", *command, "--json", user=user)
+            assert (refused.status, refused.error["name"]) == (3, "NotAuthorized")
+        assert "waits to be written down" in cli(world, "status", user=user).out
+    assert cli(world, "storage", "recovery-key").out == KEY + "\n"
+    assert cli(world, "storage", "acknowledge", "--yes").status == 0
+    assert cli(world, "status", "--json", user="outsider").json["recovery_key_pending"] is False
+    assert "encrypted, opened by the TPM" in cli(world, "status", user="outsider").out
 
 
 def test_the_transient_model_dies_with_the_engine(here: World, tiny: Path) -> None:

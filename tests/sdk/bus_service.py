@@ -110,6 +110,8 @@ STATUS: dict[str, Variant] = {
     "memory_available_bytes": Variant("x", 4 << 30),
     "temperature_c": Variant("d", 45.25),
     "watts_source": Variant("s", "none"),
+    "storage_encryption": Variant("s", "none"),
+    "storage_reason": Variant("s", "this machine has no TPM"),
     "models": Variant("av", [Variant("a{sv}", {"name": Variant("s", "assistant:1"), "state": Variant("s", "loaded")})]),
     "running": Variant("x", 0),
 }
