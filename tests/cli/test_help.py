@@ -19,6 +19,7 @@ COMMANDS = (
     ("status",), ("ask",), ("chat",), ("run",), ("doctor",), ("version",), ("config", "show"), ("config", "check"),
     ("model", "list"), ("model", "show"), ("model", "import"), ("model", "remove"), ("model", "load"),
     ("model", "unload"), ("storage", "recovery-key"), ("storage", "acknowledge"), ("storage", "reseal"),
+    ("verify-boot",),
 )  # fmt: skip
 
 
