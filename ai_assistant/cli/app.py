@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from ai_assistant.cli import ask, banner, chat, config, doctor, model, status, storage, verify_boot, version
+from ai_assistant.cli import ask, banner, chat, config, doctor, install, model, status, storage, verify_boot, version
 from ai_assistant.cli import run as run_command
 from ai_assistant.cli.group import Command, RootGroup
 from ai_assistant.cli.options import Debug, Json
@@ -53,6 +53,7 @@ app.add_typer(model.app, name="model")
 app.add_typer(config.app, name="config")
 app.add_typer(storage.app, name="storage")
 app.command("doctor", cls=Command)(doctor.doctor)
+app.command("install", cls=Command)(install.install)
 app.command("verify-boot", cls=Command)(verify_boot.verify_boot)
 app.command("version", cls=Command)(version.version)
 app.command("banner", cls=Command, hidden=True)(banner.banner)

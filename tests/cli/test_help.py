@@ -16,10 +16,10 @@ from ai_assistant.cli.app import app
 from tests.cli.conftest import CHECKOUT, Cli, program
 
 COMMANDS = (
-    ("status",), ("ask",), ("chat",), ("run",), ("doctor",), ("version",), ("config", "show"), ("config", "check"),
-    ("model", "list"), ("model", "show"), ("model", "import"), ("model", "remove"), ("model", "load"),
-    ("model", "unload"), ("storage", "recovery-key"), ("storage", "acknowledge"), ("storage", "reseal"),
-    ("verify-boot",),
+    ("status",), ("ask",), ("chat",), ("run",), ("doctor",), ("install",), ("version",), ("config", "show"),
+    ("config", "check"), ("model", "list"), ("model", "show"), ("model", "import"), ("model", "remove"),
+    ("model", "load"), ("model", "unload"), ("storage", "recovery-key"), ("storage", "acknowledge"),
+    ("storage", "reseal"), ("verify-boot",),
 )  # fmt: skip
 
 
