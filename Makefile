@@ -6,7 +6,7 @@ PROFILE ?= developer
 TOOLBOX := image/toolbox
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check image boot flash shell bench model lock keys clean
+.PHONY: help run test check image boot flash shell bench model lock mirror reproduce keys clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,8 +39,15 @@ bench: image ## measure the claims (BENCH=name for one)
 model: ## train the built-in model again (under an hour on two cores)
 	@models/make
 
-lock: ## renew requirements/*.txt, with hashes and without addresses
+lock: ## renew every lock: packages of the last builds, Python artifacts (UPGRADE=1: build with the newest first)
 	@requirements/lock
+	@image/packages lock
+
+mirror: ## fetch everything locked into a folder (MIRROR_FOLDER=, default in the cache), for builds without a network
+	@image/packages mirror $(MIRROR_FOLDER)
+
+reproduce: ## build twice in two environments and compare every byte (PROFILES="developer production")
+	@image/reproduce $(PROFILES)
 
 keys: ## make the keys that sign images, once (test keys; docs/signing.md)
 	@image/keys

@@ -72,7 +72,14 @@ def listed(found: dict[str, str], most: int = 10) -> str:
 
 
 def control(path: Path) -> str:
-    """The control file of a .deb. Its name and version go into the index exactly as the package states them."""
+    """The control file of a .deb. Its fields go into the index as the package states them. Raises BadLock."""
+    try:
+        return _control(path)
+    except (ValueError, KeyError, EOFError, tarfile.TarError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise BadLock(f"{path.name} is no good Debian package: {error}") from error
+
+
+def _control(path: Path) -> str:
     with path.open("rb") as file:
         if file.read(8) != b"!<arch>\n":
             raise BadLock(f"{path.name} is not a Debian package")

@@ -64,7 +64,7 @@ def together(parts: Mapping[str, Iterable[Installed]]) -> set[Installed]:
 
 def read_index(text: str) -> dict[Installed, Package]:
     """What `apt-cache show` says, by package."""
-    found = {}
+    found: dict[Installed, Package] = {}
     for paragraph in text.split("\n\n"):
         fields = dict(line.split(": ", 1) for line in paragraph.splitlines() if ": " in line and line[0] != " ")
         if not {"Package", "Version", "Architecture", "SHA256", "Size", "Filename"} <= fields.keys():

@@ -91,14 +91,16 @@ def compare(what: str, a: Path, b: Path, areas: Sequence[tuple[int, int]] | None
 def compare_disks(a: Path, b: Path) -> list[Pair]:
     """Each partition by name, and what lies outside of them."""
     left, right = partitions(a), partitions(b)
-    if left != right:
+    if [(label(each), each.start, each.size) for each in left] != [
+        (label(each), each.start, each.size) for each in right
+    ]:
         return [compare("partition table (partitions lie elsewhere)", a, b, [(0, 64 * 512)])]
-    found = [compare(label(each), a, b, [(each.offset, each.size)]) for each in left]
+    found = [compare(label(each), a, b, [(each.start, each.size)]) for each in left]
     return [*found, compare("outside of partitions", a, b, outside(left, a.stat().st_size))]
 
 
 def label(partition: Partition) -> str:
-    return f"{partition.number} {partition.name}"
+    return f"{partition.number} {partition.kind} {partition.label}".strip()
 
 
 def compare_builds(name: str, a: Path, b: Path) -> Comparison:

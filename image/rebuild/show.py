@@ -34,13 +34,13 @@ def extract(image: Path, partition: Partition, target: Path) -> str:
     """Unpacks a FAT or erofs partition; returns what hindered it."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    if partition.name.lower() == "esp":
-        done = tools("mcopy", "-s", "-p", "-m", "-Q", "-n", "-i", f"{image}@@{partition.offset}", "::*", target)
+    if partition.kind == "esp":
+        done = tools("mcopy", "-s", "-p", "-m", "-Q", "-n", "-i", f"{image}@@{partition.start}", "::*", target)
     else:
         cut = target.with_name(f"{target.name}.partition")
         tools(
             *("dd", f"if={image}", f"of={cut}", "bs=1M", "iflag=skip_bytes,count_bytes", "conv=sparse"),
-            *(f"skip={partition.offset}", f"count={partition.size}"),
+            *(f"skip={partition.start}", f"count={partition.size}"),
         )
         done = tools("fsck.erofs", f"--extract={target}", "--overwrite", "--preserve", cut)
         cut.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ def show(comparison: Comparison, a: Path, b: Path, work: Path) -> Iterator[str]:
             yield from folders("sections of the unified kernel image", work / "a/efi", work / "b/efi")
         images = (a / f"{comparison.name}.raw", b / f"{comparison.name}.raw")
         for left, right in zip(partitions(images[0]), partitions(images[1]), strict=False):
-            if label(left) not in differing or "verity" in left.name:
+            if label(left) not in differing or left.kind == "root-verity":
                 continue
             what = f"partition {label(left)}"
             hindered = [
