@@ -29,7 +29,7 @@ def machine(tmp_path: Path, private_bus: Broker) -> Iterator[Path]:
     root = tmp_path / "machine"
     describe(root, ENCRYPTED)
     key_waits(root)
-    arguments = [
+    arguments: list[str | Path] = [
         "--root",
         root,
         "--bus-address",
@@ -39,7 +39,7 @@ def machine(tmp_path: Path, private_bus: Broker) -> Iterator[Path]:
         "--refresh",
         "true",
     ]
-    command = [sys.executable, "-m", "ai_assistant.tee.vault", *arguments, "--idle", "600"]
+    command: list[str | Path] = [sys.executable, "-m", "ai_assistant.tee.vault", *arguments, "--idle", "600"]
     process = subprocess.Popen(command, cwd=CHECKOUT)
     try:
         deadline = time.monotonic() + 20
