@@ -31,7 +31,7 @@ from ai_assistant.provisioning.writing import (
     verify,
 )
 
-# The least that /var needs; image/base/usr/lib/repart.d/40-var.conf asks for the same.
+# The least that /var needs; image/base/usr/lib/ai-assistant/repart/plain/40-var.conf asks for the same.
 VAR_BYTES = 512 << 20
 _ATTRIBUTES = {0: "RequiredPartition", 1: "NoBlockIOProtocol", 2: "LegacyBIOSBootable"}
 
@@ -51,9 +51,9 @@ class Running:
 
     @property
     def least_bytes(self) -> int:
-        """The smallest disk to install on: ESP, two slots, and the least /var, between two tables."""
+        """The smallest disk to install on: ESP, two slots, and the least /var, each aligned, between two tables."""
         boot, *slot = (each.size for each in self.partitions)
-        return HEAD + boot + 2 * sum(slot) + VAR_BYTES + HEAD
+        return HEAD + boot + 2 * sum(slot) + VAR_BYTES + 6 * HEAD
 
 
 def running(machine: Machine) -> Running:
