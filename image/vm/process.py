@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +16,10 @@ class VMError(Exception):
     """The machine did not do what was asked in time; the message ends with its console."""
 
 
+PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+
 def spawn(
     command: Sequence[str | Path],
     *,
@@ -20,13 +27,22 @@ def spawn(
     output: IO[bytes] | None = None,
     pass_fds: Iterable[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start `command`; the kernel kills it when this process ends, however it ends."""
+    """Start `command`; the kernel kills it when this thread ends, however it ends."""
+    starter = os.getpid()
+
+    def end_with_starter() -> None:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != starter:  # it has ended already
+            os._exit(1)
+
+    # Not by setpriv(1), which leaves a moment between here and its own call.
     return subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", "--", *command],
+        [str(each) for each in command],
         stdin=stdin,
         stdout=output,
         stderr=subprocess.STDOUT if output is not None else None,
         pass_fds=tuple(pass_fds),
+        preexec_fn=end_with_starter,
     )
 
 
