@@ -101,7 +101,7 @@ def test_the_running_system_is_found_below_verity(appliance: World) -> None:
     assert (found.disk.name, found.root_hash, found.label) == ("sda", ROOT_HASH, "root_1.2.3")
     assert [each.name for each in found.nodes] == ["sda1", "sda2", "sda3"]
     assert found.disk.transport == "usb"
-    assert found.least_bytes == (1 + 2 + 2 * 21 + 512 + 1) * MIB
+    assert found.least_bytes == (1 + 2 + 2 * 21 + 512 + 6) * MIB
 
 
 @pytest.mark.parametrize(
