@@ -5,6 +5,7 @@ Nothing here fails: data that are not what their event's type promises read as N
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import warnings
 from collections.abc import Iterator
@@ -178,13 +179,15 @@ def _signature(kind: UUID, data: bytes) -> str:
 
 
 def subject(der: bytes) -> str:
-    """A certificate's subject; empty where it is none."""
+    """A certificate's subject and the beginning of its fingerprint; empty where it is none."""
     # Where nothing is to be explained, nothing of this is loaded.
     from cryptography import x509
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is an odd certificate is no news here
         try:
-            return clean(x509.load_der_x509_certificate(der).subject.rfc4514_string())
+            name = clean(x509.load_der_x509_certificate(der).subject.rfc4514_string())
         except Exception:  # whatever a hostile certificate can make of a parser that is not ours
             return ""
+    # Anybody can give a key any name.
+    return f"{name} (SHA-256 {hashlib.sha256(der).hexdigest()[:16]}…)"

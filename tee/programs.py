@@ -54,13 +54,26 @@ def _id(what: str) -> str:
 
 
 def _instead(foreign: Sequence[Event], alternatives: Sequence[Program]) -> Event | None:
-    """The program that stood in the place of a published one: of the same file name, or from memory as the kernel."""
-    names = {program.file.replace("\\", "/").rsplit("/", 1)[-1].lower() for program in alternatives}
-    for event in foreign:
-        path = image_path(event.data) or ""
-        if path.replace("\\", "/").rsplit("/", 1)[-1].lower() in names and not from_firmware(event.data):
-            return event
+    """The program that stood in the place of a published one: of the same file, else in the same folder. What is
+    published without a file, the kernel, is started from memory."""
+    others = [event for event in foreign if not from_firmware(event.data)]
+    for depth in (0, 1):
+        places = {_place(program.file, depth) for program in alternatives if program.file or not depth}
+        for event in others:
+            if _place(_file(event), depth) in places:
+                return event
     return None
+
+
+def _file(event: Event) -> str:
+    """The path on the boot partition, without the partition; empty for a program from memory."""
+    path = image_path(event.data) or ""
+    return path[path.index("\\") :] if "\\" in path else ""
+
+
+def _place(file: str, depth: int) -> tuple[str, ...]:
+    parts = [part for part in file.lower().replace("\\", "/").split("/") if part]
+    return tuple(parts[: len(parts) - depth])
 
 
 def _replaced(what: str, alternatives: Sequence[Program], instead: Event | None) -> Check:

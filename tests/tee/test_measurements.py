@@ -17,7 +17,7 @@ from ai_assistant.tee.measurements import check_signature, load, parse
 from tests.tee import boots
 from tests.tee.boots import PHASES
 
-REAL = Path(__file__).parent / "data" / "measurements-secure-boot.json"
+REAL = Path(__file__).parent / "data" / "measurements-secure.json"
 
 
 def test_what_image_sign_writes_is_read() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ai_assistant.tee import measurements
-from ai_assistant.tee.eventlog import parse, parse_pcrs, parse_userspace, replay
+from ai_assistant.tee.eventlog import parse, parse_pcrs, parse_userspace
 from ai_assistant.tee.measurements import Measurements
 from ai_assistant.tee.report import Check, Report, Verdict
 from ai_assistant.tee.running import Root, Running
@@ -152,6 +152,14 @@ TAMPERED: dict[str, tuple[Boot, dict[str, str]]] = {
     "a shell that the firmware started before its boot loader": (
         Boot(firmware_programs=(SHELL,)),
         {"foreign-program": "shell.efi"},
+    ),
+    "another UKI of another name": (
+        Boot(programs=(LOADER, replace(OTHER_UKI, file="\\EFI\\Linux\\other.efi"))),
+        {"unified-kernel-image": "other.efi"},
+    ),
+    "a shell in place of the kernel, Secure Boot off": (
+        Boot(secure_boot=False, kernel=replace(SHELL, file="\\shell.efi")),
+        {"secure-boot": "", "kernel-inside-it": "it was not started", "foreign-program": "shell.efi"},
     ),
     "the image without the loader": (
         Boot(programs=(IMAGE,)),
@@ -349,25 +357,35 @@ def test_one_of_several_published_programs_is_enough() -> None:
     assert not judge(pcr4=older + pcr4).differences
 
 
+def real(name: str, published: str) -> Report:
+    """A virtual machine's boot, recorded: OVMF, swtpm, systemd; and what image/sign published."""
+    log = parse((DATA / f"eventlog-{name}.bin").read_bytes())
+    said = parse_userspace((DATA / f"tpm2-measure-{name}.log").read_bytes())
+    pcrs = parse_pcrs((DATA / f"pcrs-{name}.json").read_bytes())
+    return verify(log, said, pcrs, measurements.parse((DATA / published).read_bytes()))
+
+
 def test_a_real_boot_with_secure_boot_is_what_image_sign_published() -> None:
-    """Log and measurements are of two programs that have nothing in common: OVMF, and image/sign."""
-    log = parse((DATA / "eventlog-secure-boot.bin").read_bytes())
-    published = measurements.parse((DATA / "measurements-secure-boot.json").read_bytes())
-    pcrs = replay(log)
-    for phase in PHASES:
-        pcrs[11] = sha256(pcrs[11], sha256(phase.encode()))
-    report = verify(log, None, pcrs, published)
+    report = real("secure", "measurements-secure.json")
     assert report.differences == ()
     assert report.phases == PHASES
+    assert "48 events, leads to the TPM's values" in {check.found for check in report.checks}
+
+
+def test_a_real_boot_of_another_release_is_not_this_one() -> None:
+    """Another image, signed with other keys of the same name; the boot loader is the same package's."""
+    found = wrong(real("secure", "measurements-signed.json"))
+    assert set(found) == {
+        "pk", "kek", "db", "authority", "unified-kernel-image", "section.cmdline", "section.initrd",
+        "section.pcrpkey",
+    }  # fmt: skip
+    assert "CN=AI Assistant OS generated TEST key" in found["db"].found
+    assert "\\EFI\\Linux\\ai-assistant-test" in found["unified-kernel-image"].found
 
 
 def test_a_real_boot_without_secure_boot_differs_in_that() -> None:
     """The same image before it was signed: its boot loader and kernel are the published ones, its UKI is not."""
-    log = parse((DATA / "eventlog-plain.bin").read_bytes())
-    said = parse_userspace((DATA / "tpm2-measure-plain.log").read_bytes())
-    pcrs = parse_pcrs((DATA / "pcrs-plain.json").read_bytes())
-    published = measurements.parse((DATA / "measurements-secure-boot.json").read_bytes())
-    found = wrong(verify(log, said, pcrs, published))
+    found = wrong(real("plain", "measurements-signed.json"))
     assert set(found) == {"secure-boot", "pk", "kek", "db", "unified-kernel-image", "section.pcrpkey"}
     assert found["secure-boot"].found == "not known to this firmware"
     assert found["section.pcrpkey"].found == "not there"
