@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ai_assistant.provisioning.writing import HEAD, Target
 from tests.provisioning.world import World
 from tests.support.disk_image import MIB, root_data, table, verity_tree, write_image
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 ROOT_HASH = verity_tree(root_data())[1].hex()
 OTHER_HASH = verity_tree(root_data(seed=2))[1].hex()
 LARGE = 700 * MIB
@@ -125,6 +127,20 @@ def test_a_running_disk_that_lost_its_table(appliance: World) -> None:
     (appliance.root / "dev/sda").write_bytes(bytes(MIB))
     with pytest.raises(DiskFailed, match="sda, which this system runs from, cannot be read"):
         install.running(appliance.machine)
+
+
+def test_a_disk_that_is_large_enough_has_room_for_the_first_boot() -> None:
+    """What is installed must find the space that its first boot asks for."""
+    definitions = CHECKOUT / "image/base/usr/lib/ai-assistant/repart"
+    files = [*(definitions / "slots").glob("*.conf"), *(definitions / "plain").glob("*.conf")]
+    made = sorted(files, key=lambda path: path.name)
+    sizes = [re.findall(r"^SizeMinBytes=(\d+)([MG])$", each.read_text(), re.MULTILINE)[0] for each in made]
+    parts = [int(number) * {"M": MIB, "G": 1024 * MIB}[unit] for number, unit in sizes]
+    assert parts[-1] == install.VAR_BYTES
+    boot, root, tree = (gpt.Partition(1, gpt.ESP, uuid.UUID(int=0), "", 0, 0, size) for size in parts[:3])
+    nowhere = Path("/nowhere")
+    source = install.Running(Disk(nowhere, "sda", 0), "", (boot, root, tree), (nowhere, nowhere, nowhere))
+    assert source.least_bytes >= sum(parts) + (len(parts) + 1) * MIB
 
 
 def test_refusals(appliance: World) -> None:
