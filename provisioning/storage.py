@@ -237,7 +237,13 @@ def _mount(device: Path) -> None:
 
 
 def _state() -> State:
-    return State(**json.loads((RUNTIME / "state.json").read_text()))
+    try:
+        return State(**json.loads((RUNTIME / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DiskFailed(
+            f"{RUNTIME / 'state.json'} cannot be used: {error}",
+            hint="ai-assistant-storage.service writes it at every boot; see its journal",
+        ) from error
 
 
 def _unlock_option() -> str:

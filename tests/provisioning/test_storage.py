@@ -277,3 +277,16 @@ def test_secure_boot_from_the_firmware(
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert storage.main(["unknown"]) == 2
     assert "storage start" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"encryption": "tpm2"}', '{"unknown": 1}'])
+@pytest.mark.parametrize("verb", ["recovery", "reseal"])
+def test_without_a_usable_state_the_verbs_say_so(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, verb: str
+) -> None:
+    if content is not None:
+        (tmp_path / "run/state.json").write_text(content)
+    assert storage.main([verb]) == 1
+    shown = capsys.readouterr().err
+    assert "state.json cannot be used" in shown
+    assert "hint:" in shown
