@@ -166,6 +166,7 @@ class Boot:
     keys: tuple[str, ...] = ("release",)
     firmware_programs: tuple[Program, ...] = ()
     actions: tuple[bytes, ...] = ()
+    separator: bytes = bytes(4)
     programs: tuple[Program, ...] = (LOADER, IMAGE)
     kernel: Program = KERNEL
     late_drivers: tuple[Program, ...] = ()
@@ -186,7 +187,7 @@ class Boot:
             tpm.measure(7, CONFIG, variable_data(name, content))
         for said in self.actions:
             tpm.measure(7, ACTION, said)
-        tpm.measure(7, SEPARATOR, bytes(4))
+        tpm.measure(7, SEPARATOR, self.separator)
         tpm.measure(2, DRIVER, image_event(None), sha256(b"option ROM"))
         tpm.measure(1, BOOT, variable_data("BootOrder", b"\0\0", GLOBAL))
         for program in self.firmware_programs:

@@ -185,6 +185,14 @@ def test_whatever_is_changed_in_the_data_of_an_event_it_has_words(seed: int) -> 
             assert len(entry) < 1000
 
 
+def test_a_path_that_is_longer_than_its_event_is_none() -> None:
+    whole = boots.image_event("\\EFI\\x.efi")
+    assert image_path(whole) == f"partition {boots.PARTITION}/\\EFI\\x.efi"
+    assert image_path(whole[:-1]) is None
+    assert image_path(whole[:31]) is None
+    assert image_path(boots.image_event(None)) == ""
+
+
 def test_a_huge_signature_list_is_not_put_into_words_entirely() -> None:
     each = boots.OWNER.bytes_le + bytes(32)
     many = bytes.fromhex("2616c4c14c509240aca941f936934328") + struct.pack("<III", 28 + 48 * 9000, 0, 48) + each * 9000

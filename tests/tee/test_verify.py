@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,14 @@ TAMPERED: dict[str, tuple[Boot, dict[str, str]]] = {
         Boot(actions=(b"UEFI Debug Mode",)),
         {"firmware-debug": "debugger"},
     ),
+    "a firmware that failed while it measured": (
+        Boot(separator=b"\1\0\0\0"),
+        {"separator-7": "a separator that reports an error"},
+    ),
+    "the firmware's own shell, started as a boot option": (
+        Boot(programs=(Program(None, sha256(b"built-in shell"), firmware=True), LOADER, IMAGE)),
+        {"foreign-program": "firmware "},
+    ),
     "words added in the boot menu": (
         Boot(command_line_added=(f"{COMMAND_LINE} {EXTRA}",)),
         {"additions": EXTRA},
@@ -271,6 +280,16 @@ def test_something_that_no_log_has(pcr: int, differing: set[str]) -> None:
     assert set(wrong(altered(pcr))) == differing
 
 
+def test_what_the_running_system_adds_to_the_firmwares_pcrs_is_not_the_firmwares() -> None:
+    """Logged or not, nothing but the firmware has a say in what was started."""
+    found = boots.measure(Boot())
+    pcrs = found.pcrs | {4: sha256(found.pcrs[4], sha256(b"own words"))}
+    said = parse_userspace(found.system_log + boots.system_record(4, b"own words"))
+    report = verify(parse(found.log), said, pcrs, expected())
+    assert set(wrong(report)) == {"event-log-4"}
+    assert "says that it added: own words" in wrong(report)["event-log-4"].found
+
+
 def test_an_event_that_the_log_lost() -> None:
     assert set(wrong(altered(4, drop=True))) == {"event-log-4", "unified-kernel-image"}
 
@@ -331,6 +350,7 @@ def test_other_events_after_the_firmware(pcr: int, kind: int, data: bytes, diffe
         ({"root": Root("ext4 on /dev/vda2", "")}, "root", "without dm-verity"),
         ({"root": Root("/dev/mapper/root", TABLE.replace("ab", "cd"))}, "root", "cdcd"),
         ({"root": Root("/dev/mapper/root", "0 1024 linear 254:1 0\n")}, "root", "without dm-verity"),
+        ({"root": Root("/dev/mapper/root", TABLE.replace("verity", "linear"))}, "root", "without dm-verity"),
         ({"root": Root("/dev/mapper/root", TABLE * 2)}, "root", "without dm-verity"),
         ({"root": Root("/dev/mapper/root", "0 1024 verity 1")}, "root", "without dm-verity"),
     ],
@@ -394,3 +414,12 @@ def test_a_real_boot_without_secure_boot_differs_in_that() -> None:
 def test_digests_are_those_of_the_data() -> None:
     # The miniature must not share a mistake with what it tests.
     assert sha256(b"a", b"b") == hashlib.sha256(b"ab").digest()
+
+
+def test_every_id_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "verify-boot.md").read_text()
+    reports = [judge(system=RUNNING), judge(log=False), *(judge(boot) for boot, _ in TAMPERED.values())]
+    reports += [altered(pcr) for pcr in range(16)]
+    for name in {check.id for report in reports for check in report.checks}:
+        general = re.sub(r"^section\..*", "section.NAME", re.sub(r"^variable-.*", "variable-NAME", name))
+        assert f"`{general}`" in page or f"`{re.sub(r'[0-9]+$', 'N', general)}`" in page
