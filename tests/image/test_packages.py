@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -195,3 +197,32 @@ def test_keys_name_the_set_of_packages() -> None:
     assert parse(GOOD).key == parse(f"# a comment\n{GOOD}\n").key
     assert parse(GOOD).key != parse(GOOD.replace("5.2-1 ", "5.2-2 ")).key
     assert lock.parse(GOOD).suite == f"locked-{parse(GOOD).key}"
+
+
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="no apt on this host")
+def test_apt_installs_from_the_folder_and_notices_another_content(tmp_path: Path) -> None:
+    mirror, held = tmp_path / "mirror", archive(tmp_path / "mirror", "alpha", "beta")
+    folder.index(mirror, held)
+    apt.configure(tmp_path, apt.locked_sources(mirror, held), apt.pins(held))
+    for each in ("state/lists/partial", "cache/archives/partial"):
+        (tmp_path / each).mkdir(parents=True)
+    (tmp_path / "status").touch()
+    places = {"Dir::Etc": "etc/apt", "Dir::State": "state", "Dir::State::status": "status", "Dir::Cache": "cache"}
+    options = [word for key, value in places.items() for word in ("-o", f"{key}={tmp_path / value}")]
+
+    def apt_get(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["apt-get", *options, "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert apt_get("-qq", "--error-on=any", "update").stderr == ""
+    planned = apt_get("-s", "install", "alpha", "beta")
+    assert "Inst alpha (1:2.0-1 ai-assistant" in planned.stdout, planned.stderr
+    assert apt_get("download", "beta").returncode == 0
+    assert next(tmp_path.glob("beta_*.deb")).stat().st_size == held.packages["beta"].size
+    path = mirror / held.packages["alpha"].path
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    refused = apt_get("download", "alpha")
+    assert refused.returncode != 0
+    assert "Hash Sum mismatch" in refused.stderr

@@ -76,6 +76,16 @@ def test_the_image_of_a_profile_is_where_the_runners_look() -> None:
         assert CHECKOUT / printed == image_path(profile)
 
 
+def test_each_mode_has_a_tools_tree_and_a_cache_of_its_own() -> None:
+    modes = ({"LOCKED": "", "UPGRADE": ""}, {"LOCKED": "1", "UPGRADE": ""}, {"LOCKED": "", "UPGRADE": "1"})
+    trees = [run("image/toolbox", "--path", **mode).stdout.strip() for mode in modes]
+    assert len(set(trees)) == 3
+    assert trees[1].endswith("-locked")
+    assert trees[2].endswith("-upgrade")
+    keys = [run("image/packages", "key", **mode).stdout.strip() for mode in (modes[0], modes[2])]
+    assert keys[0] != keys[1] == "upgrade"
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="a change of user needs root; without root the next test covers it")
 def test_the_toolbox_needs_root() -> None:
     found = run("setpriv", "--reuid=65534", "--clear-groups", "image/toolbox", "true")
