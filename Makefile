@@ -6,7 +6,7 @@ PROFILE ?= developer
 TOOLBOX := image/toolbox
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check image boot flash shell bench model lock mirror reproduce keys clean
+.PHONY: help run test test-long check image boot flash shell bench model lock mirror reproduce keys clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ run: image ## from a fresh machine to an answer out of the booted appliance
 
 test: ## everything: lint, types, unit, bus, appliance, one virtual machine
 	@tests/run
+
+test-long: ## every story in a virtual machine, and the power cuts: hours; goes on where it was stopped (SEED=1)
+	@tests/run-long
 
 check: $(VENV)/.ready ## lint, types and unit tests, in seconds
 	@tests/check $(VENV)

@@ -27,15 +27,15 @@ class Console:
         self._cursor = 0
         self._socket: socket.socket | None = None
         self._reader: threading.Thread | None = None
-        self._cycles = 0
+        self.cycles = 0
 
     def power_on(self, connection: socket.socket) -> None:
         """Listen to a machine that starts now; what it said before is over for `wait_for`."""
         self.power_off()
-        self._cycles += 1
+        self.cycles += 1
         with self._changed:
             self._text, self._cursor = "", 0
-        self._file.write(f"-- power on, number {self._cycles}\n")
+        self._file.write(f"-- power on, number {self.cycles}\n")
         self._socket = connection
         self._reader = threading.Thread(target=self._read, args=(connection, time.monotonic()), daemon=True)
         self._reader.start()

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from image.vm import gpt
 from image.vm.crash import History, Medium, State, crash_states, data_extents
+from image.vm.disk import Disk
 from image.vm.process import VMError, tool
 from image.vm.writelog import Entry, Flag, WriteLog
 
@@ -224,6 +225,25 @@ def decrypt(source: Path, target: Path, key: bytes, sector: int) -> None:
                     continue
                 decryptor = Cipher(algorithms.AES(key), modes.XTS(tweak)).decryptor()
                 out.write(decryptor.update(block) + decryptor.finalize())
+
+
+def read_volume_key(disk: Disk, part: gpt.Partition, recovery_key: str) -> bytes:
+    """LUKS's volume key, by a recovery key; to look into a disk without device-mapper."""
+    header, shown = disk.path.parent / "luks", disk.path.parent / "volume-key"
+    header.write_bytes(disk.read(part.start, min(part.size, LUKS_HEAD)))
+    shown.unlink(missing_ok=True)
+    command: list[str | Path] = [
+        "cryptsetup",
+        "luksDump",
+        "--batch-mode",
+        "--dump-volume-key",
+        "--volume-key-file",
+        shown,
+    ]
+    tool(*command, "--key-file", "-", header, stdin=recovery_key.encode())
+    key = shown.read_bytes()
+    shown.unlink()
+    return key
 
 
 def important_writes(

@@ -79,6 +79,7 @@ class VM:
         self.uuid = uuid.uuid4()
         self.tpm = SoftwareTPM(self.base)
         self.console = Console(self.base / "serial.log")
+        self._words = self.base / "qemu.log"
         self._qemu: subprocess.Popen[bytes] | None = None
         self._agent: Agent | None = None
         self._monitor: Monitor | None = None
@@ -130,17 +131,21 @@ class VM:
         command = self._command({name: end.fileno() for name, end in ends.items()})
         if snapshot:
             command += ["-loadvm", snapshot]
-        self._qemu = spawn(
-            command,
-            stdin=None if self.interactive else subprocess.DEVNULL,
-            pass_fds=[e.fileno() for e in ends.values()],
-        )
+        fds = [each.fileno() for each in ends.values()]
+        with self._words.open("wb") as words:
+            if self.interactive:
+                self._qemu = spawn(command, stdin=None, pass_fds=fds)
+            else:
+                self._qemu = spawn(command, output=words, pass_fds=fds)
         for end in ends.values():
             end.close()
         agent, monitor, console = self._sockets
         self._agent = Agent(agent, lambda: self.is_on)
-        self._monitor = Monitor(monitor, lambda: self.is_on)
         self.console.power_on(console)
+        try:
+            self._monitor = Monitor(monitor, lambda: self.is_on)
+        except VMError as error:
+            raise self._error(f"QEMU did not start: {error}") from None
 
     def hard_kill(self) -> None:
         """The plug is pulled. What QEMU has written is kept by this host, so nothing of the disk is lost by it."""
@@ -183,6 +188,11 @@ class VM:
     def reset(self) -> None:
         """The reset button."""
         self._ask("system_reset")
+
+    @property
+    def was_on(self) -> bool:
+        """Whether there is anything to report of it."""
+        return self.console.cycles > 0
 
     @property
     def resets(self) -> int:
@@ -241,7 +251,9 @@ class VM:
 
     def journal(self) -> str:
         """This boot's journal, for a person who looks for a failure."""
-        return self.run("journalctl", "--boot", "--no-pager", "--output=short-monotonic", "--lines=400", timeout_s=60)
+        lines = self.run("journalctl", "--boot", "--no-pager", "--output=short-monotonic", "--lines=2000", timeout_s=60)
+        # The audit log says each start of a service again, twice.
+        return "".join(each for each in lines.splitlines(keepends=True) if " audit" not in each)
 
     def report(self) -> str:
         """The console and, when the agent still answers, the journal."""
@@ -284,7 +296,7 @@ class VM:
         self._monitor.human(line)
 
     def _error(self, message: str) -> VMError:
-        return VMError(f"{message}\n{self.serial()}")
+        return VMError(f"{message}\n{self._words.read_text(errors='replace')}{self.serial()}")
 
     # ------------------------------------------------------------------ QEMU
     def _command(self, ends: dict[str, int]) -> list[str]:
