@@ -26,6 +26,7 @@ __attribute__((constructor)) static void settings(void)
     setenv("FAKETIME_DISABLE_SHM", "1", 1);
 }
 """
+LOCALE = "tr_TR.utf8"
 LIBRARIES = "/usr/lib/x86_64-linux-gnu/faketime"
 
 
@@ -102,8 +103,10 @@ class Environment:
                     os.chown(Path(root) / name, self.owner, self.owner, follow_symlinks=False)
 
     def skew(self, log: Path) -> None:
-        """Sets the clock of the programs in the tools tree, and of those that mkosi starts from it, ahead."""
+        """Sets the clock of the programs in the tools tree, and of those that mkosi starts from it, ahead; and their locale."""
         toolbox = self.checkout / "image/toolbox"
+        sandbox = Path(self.variables["AI_ASSISTANT_SANDBOX_TREE"])
+        sandbox.mkdir(exist_ok=True)
         self.run([toolbox, "--prepare"], log, "preparing the tools tree")
         tree = Path(self._ask([toolbox, "--path"]))
         if not (tree / "etc/faketimerc").exists():
@@ -113,7 +116,10 @@ class Environment:
             source.write_text(SETTINGS)
             self.run([toolbox, "gcc", "-shared", "-fPIC", "-O2", "-o", library, source], log, "compiling")
             shutil.copyfile(library, tree / f"{LIBRARIES[1:]}/settings.so")
-        sandbox = Path(self.variables["AI_ASSISTANT_SANDBOX_TREE"])
+            # The locale, which a tools tree has only the source of.
+            made = library.with_name(LOCALE)
+            self.run([toolbox, "localedef", "-i", "tr_TR", "-f", "UTF-8", made], log, "making a locale")
+            shutil.copytree(made, tree / "usr/lib/locale" / LOCALE, dirs_exist_ok=True)
         for etc in (sandbox / "etc", tree / "etc"):
             etc.mkdir(parents=True, exist_ok=True)
             # The one listed last is initialised first.
@@ -177,8 +183,8 @@ def both(folder: Path, mirror: Path, keys: Path) -> tuple[Environment, Environme
         "USER": "rebuilder",
         "LOGNAME": "rebuilder",
         "TZ": "Pacific/Apia",
-        "LANG": "tr_TR.UTF-8",
-        "LC_ALL": "tr_TR.UTF-8",
+        "LANG": LOCALE,
+        "LC_ALL": LOCALE,
         "AI_ASSISTANT_SANDBOX_TREE": str(b / "sandbox"),
     }
     return (
