@@ -103,7 +103,7 @@ class Environment:
                     os.chown(Path(root) / name, self.owner, self.owner, follow_symlinks=False)
 
     def skew(self, log: Path) -> None:
-        """Sets the clock of the programs in the tools tree, and of those that mkosi starts from it, ahead; and their locale."""
+        """Sets the clock of the tools tree's programs ahead, wherever mkosi starts them, and makes their locale."""
         toolbox = self.checkout / "image/toolbox"
         sandbox = Path(self.variables["AI_ASSISTANT_SANDBOX_TREE"])
         sandbox.mkdir(exist_ok=True)
