@@ -2,8 +2,8 @@
 
     tests/overlay bench boot [--pairs N] [--json]
 
-Both are booted in turn in the virtual machine (image/vm), from the same kind of disk, with OVMF, a TPM and no Secure Boot.
-Counted is the guest's own clock: boot loader and kernel loading (what systemd-boot writes into LoaderTime…) plus
+Both are booted in turn in the virtual machine (image/vm), from the same kind of disk, with OVMF, a TPM and no
+Secure Boot. Counted is the guest's own clock: boot loader and kernel loading (what systemd-boot writes into LoaderTime…) plus
 the time until ai-assistantd.service is ready, or until multi-user.target in the plain image. Second boots, so that
 the first boot's partitioning is not in it. The slowest units of ours on the way there are printed as well.
 """
@@ -40,18 +40,20 @@ def seconds(machine: VM, unit: str) -> float:
     return (loader + property_us(machine, "ActiveEnterTimestampMonotonic", unit)) * MICROSECOND
 
 
+def start(machine: VM) -> None:
+    machine.power_on()
+    machine.wait_ready()
+    machine.run("systemctl", "is-system-running", "--wait", timeout_s=300, check=False)
+
+
 def boot(image: Path, unit: str, machines: dict[Path, VM]) -> float:
     """One more boot of the machine of this image, which keeps its disk."""
     machine = machines.get(image)
     if machine is None:
         machine = machines[image] = VM(image, disk_gib=2)
-        machine.power_on()
-        machine.wait_ready()
-        machine.run("systemctl", "is-system-running", "--wait", timeout_s=300, check=False)
-    machine.power_off()
-    machine.power_on()
-    machine.wait_ready()
-    machine.run("systemctl", "is-system-running", "--wait", timeout_s=300, check=False)
+        start(machine)
+        machine.power_off()
+    start(machine)
     took = seconds(machine, unit)
     if unit.startswith("ai-"):
         harness.note(slow_units(machine))
