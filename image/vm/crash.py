@@ -215,12 +215,12 @@ class Medium:
         self._durable = state.durable
         self._state = state
 
-    def read(self, start: int, size: int) -> bytes:
-        """As the disk would read in this state."""
+    def read(self, start: int, size: int, *, durable_only: bool = False) -> bytes:
+        """As the disk would read in this state; or if nothing had reached it since the last flush."""
         assert self._state is not None
         self._file.seek(start)
         data = bytearray(self._file.read(size))
-        for piece in self._state.kept:
+        for piece in () if durable_only else self._state.kept:
             first, last = max(start, piece.start), min(start + len(data), piece.start + piece.size)
             if first >= last:
                 continue

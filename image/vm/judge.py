@@ -16,11 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
 from image.vm import gpt
-from image.vm.crash import History, Medium, State, crash_states, data_extents
+from image.vm.crash import History, Medium, State, crash_states
 from image.vm.disk import Disk
+from image.vm.plaintext import Plaintext
 from image.vm.process import VMError, tool
 from image.vm.writelog import Entry, Flag, WriteLog
 
@@ -66,6 +65,7 @@ class Judge:
     medium: Medium
     scratch: Path
     volume_key: bytes = b""  # of LUKS, when what is inside is to be checked as well
+    _plain: Plaintext | None = None
     _esp_seen: dict[object, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -90,7 +90,7 @@ class Judge:
         for each in tables.used.partitions:
             if each.kind == "var":
                 kind = Kind.AFTER
-                fault, repaired = self._contents(each)
+                fault, repaired = self._contents(each, state)
                 problems += filter(None, [fault])
         return Verdict(state, Kind.BROKEN if problems else kind, tuple(problems), tables.problems, repaired)
 
@@ -145,18 +145,18 @@ class Judge:
         return {each: esp_file(source, each) for each in names if not each.endswith("random-seed")}
 
     # ------------------------------------------------------------ the state partition
-    def _contents(self, part: gpt.Partition) -> tuple[str, bool]:
+    def _contents(self, part: gpt.Partition, state: State) -> tuple[str, bool]:
         """What is wrong, and whether it took a repair that asks no questions."""
         head = self.medium.read(part.start, 4096)
         if head.startswith(LUKS_MAGIC):
-            return self._luks(part)
+            return self._luks(part, state)
         if head[EXT4_MAGIC_AT : EXT4_MAGIC_AT + 2] == EXT4_MAGIC:
             var = self.scratch / "var"
             self.medium.save(var, part.start, part.size)
             return check_ext4(var)
         return "the state partition is in the table, and there is neither LUKS nor ext4 in it", False
 
-    def _luks(self, part: gpt.Partition) -> tuple[str, bool]:
+    def _luks(self, part: gpt.Partition, state: State) -> tuple[str, bool]:
         header = self.scratch / "luks"
         self.medium.save(header, part.start, min(part.size, LUKS_HEAD))
         try:
@@ -171,11 +171,12 @@ class Judge:
         segment = metadata["segments"]["0"]
         if segment["encryption"] != "aes-xts-plain64":
             raise VMError(f"cannot look into {segment['encryption']}")
-        offset, sector = int(segment["offset"]), int(segment["sector_size"])
-        cipher, plain = self.scratch / "cipher", self.scratch / "var"
-        self.medium.save(cipher, part.start + offset, part.size - offset)
-        decrypt(cipher, plain, self.volume_key, sector)
-        return check_ext4(plain)
+        start = part.start + int(segment["offset"])
+        if self._plain is None:
+            self._plain = Plaintext(
+                self.log, self.medium, self.volume_key, start, part.end, int(segment["sector_size"]), self.scratch
+            )
+        return check_ext4(self._plain.of(state))
 
 
 def reader(file: BinaryIO) -> gpt.Read:
@@ -206,25 +207,6 @@ def check_ext4(image: Path) -> tuple[str, bool]:
     if left.returncode == 0:
         return "", repaired
     return f"e2fsck -p: {done.stdout[-600:]}{done.stderr[-600:]}; after -y: {left.stdout[-600:]}", repaired
-
-
-def decrypt(source: Path, target: Path, key: bytes, sector: int) -> None:
-    """Of a dm-crypt payload (aes-xts-plain64) what is no hole; a discarded block was never written and stays one."""
-    with source.open("rb", buffering=0) as file, target.open("wb") as out:
-        out.truncate(source.stat().st_size)
-        for start, end in data_extents(file, 0, source.stat().st_size):
-            first = start - start % sector
-            file.seek(first)
-            out.seek(first)
-            for at in range(first, end, sector):
-                # The tweak counts blocks of 512 bytes, whatever the sector size.
-                tweak = (at // 512).to_bytes(16, "little")
-                block = file.read(sector)
-                if not any(block):
-                    out.seek(sector, 1)
-                    continue
-                decryptor = Cipher(algorithms.AES(key), modes.XTS(tweak)).decryptor()
-                out.write(decryptor.update(block) + decryptor.finalize())
 
 
 def read_volume_key(disk: Disk, part: gpt.Partition, recovery_key: str) -> bytes:
