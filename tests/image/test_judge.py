@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -38,6 +39,13 @@ def repart(folder: Path, partitions: dict[str, str], disk: Path, *options: str) 
     command += [f"--copy-source={folder / 'source'}", f"--key-file={folder / 'key'}", str(disk)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Gigabytes, so not kept as pytest's own would be."""
+    with TemporaryDirectory(prefix="ai-assistant-power-cuts-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -54,14 +55,23 @@ def record(image: Path, folder: Path, *, tpm: bool) -> Iterator[Recording]:
         yield Recording(machine, log, read_volume_key(machine.disk, var, key) if key else b"")
 
 
-@pytest.fixture(scope="module")
-def encrypted(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
-    yield from record(image, tmp_path_factory.mktemp("encrypted"), tpm=True)
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Gigabytes, so not kept as pytest's own would be."""
+    with TemporaryDirectory(prefix="ai-assistant-power-cuts-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
-def plain(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
-    yield from record(image, tmp_path_factory.mktemp("plain"), tpm=False)
+def encrypted(image: Path) -> Iterator[Recording]:
+    with TemporaryDirectory(prefix="ai-assistant-recording-") as folder:
+        yield from record(image, Path(folder), tpm=True)
+
+
+@pytest.fixture(scope="module")
+def plain(image: Path) -> Iterator[Recording]:
+    with TemporaryDirectory(prefix="ai-assistant-recording-") as folder:
+        yield from record(image, Path(folder), tpm=False)
 
 
 def base(image: Path, recording: Recording, folder: Path) -> Path:
