@@ -56,7 +56,10 @@ def sections(unified: Path, target: Path) -> None:
         words = line.split()
         if len(words) > 2 and words[0].isdigit() and words[1].startswith("."):
             name = words[1]
-            tools("objcopy", "-O", "binary", f"--only-section={name}", unified, target / name.lstrip("."))
+            file = target / name.lstrip(".")
+            tools("objcopy", "-O", "binary", f"--only-section={name}", unified, file)
+            if file.exists():
+                os.utime(file, (0, 0))
 
 
 def describe(path: Path) -> tuple[str, ...]:
