@@ -132,14 +132,15 @@ def _targeted(history: History, important: Callable[[Entry], bool], choose: rand
         for cut in sorted({number + 1, end}):
             yield history.state(cut, f"all but entry {number}", True, {number: ()})
             yield history.state(cut, f"nothing but entry {number}", False, {number: whole})
-            yield history.state(cut, f"entry {number} torn", True, {number: _torn(entry, choose)})
-            yield history.state(cut, f"only a part of entry {number}", False, {number: _torn(entry, choose)})
+            for _ in range(3):
+                yield history.state(cut, f"entry {number} torn", True, {number: _torn(entry, choose)})
+                yield history.state(cut, f"only a part of entry {number}", False, {number: _torn(entry, choose)})
 
 
 def _torn(entry: Entry, choose: random.Random) -> Blocks:
     """Some blocks of a write: its begin, its end, both, or any."""
     count = entry.size // SECTOR
-    first, last = sorted((choose.randint(0, count), choose.randint(0, count)))
+    first, last = sorted((_edge(count, choose), _edge(count, choose)))
     match choose.randrange(4):
         case 0:
             return ((0, first),)
@@ -151,6 +152,12 @@ def _torn(entry: Entry, choose: random.Random) -> Blocks:
             return tuple((each, each + 1) for each in range(count) if choose.random() < 0.5)
         case _:
             return ((first, last),)
+
+
+def _edge(count: int, choose: random.Random) -> int:
+    """Anywhere, but mostly near an end: headers and the few entries in use are there, and zeros between."""
+    near = min(count, 4)
+    return choose.choice((choose.randint(0, near), count - choose.randint(0, near), choose.randint(0, count)))
 
 
 def _weights(history: History, important: Callable[[Entry], bool]) -> tuple[list[int], list[float]] | None:

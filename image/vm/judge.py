@@ -234,7 +234,8 @@ def important_writes(
     """Writes to a partition table – the image's own backup included –, or to the head of the state partition."""
     areas = [(0, HEAD), (disk_size - HEAD, disk_size)]
     areas.append((image.stat().st_size - HEAD, image.stat().st_size))
-    areas += [(each, each + HEAD) for each in state_starts]
+    for each in state_starts:  # a superblock, or LUKS and the superblock in it
+        areas += [(each, each + HEAD), (each + LUKS_HEAD, each + LUKS_HEAD + 4096)]
     hits = {
         each.number
         for each in log.entries

@@ -96,9 +96,14 @@ def test_every_state_is_one_that_the_disk_may_be_in(log: WriteLog) -> None:
 
 
 def test_the_dangerous_states_are_among_them(log: WriteLog) -> None:
+    """Of a write that matters: without it, with nothing but it, and a part of it."""
     target = next(each for each in log.entries if each.flags == NONE and each.size > SECTOR)
-    hows = {each.how for each in crash_states(History(log.entries), 200, 3, lambda each: each is target)}
-    assert {f"all but entry {target.number}", f"entry {target.number} torn"} <= hows
+    history = History(log.entries)
+    states = crash_states(history, 200, 3, lambda each: each is target)
+    keys = {each.key for each in states}
+    assert history.state(target.number + 1, "", True, {target.number: ()}).key in keys
+    assert history.state(target.number + 1, "", False, {target.number: ((0, target.size // SECTOR),)}).key in keys
+    assert any(piece.entry is target and not piece.whole for state in states for piece in state.kept)
 
 
 def test_a_seed_gives_the_same_states_again_and_another_seed_others(log: WriteLog) -> None:
