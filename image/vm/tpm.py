@@ -11,6 +11,8 @@ from pathlib import Path
 
 from image.vm.process import VMError, finish, spawn, wait_for_path
 
+INDEX = "0x1500016"
+
 
 class SoftwareTPM:
     """swtpm with its state in a folder: it survives cold boots and is copied with the machine."""
@@ -22,16 +24,15 @@ class SoftwareTPM:
         self._log = (folder / "tpm.log").open("ab")
         self.state.mkdir(exist_ok=True)
 
-    def start(self, *extra: str) -> None:
+    def start(self) -> None:
+        """For QEMU, which powers it on and off through its control socket."""
+        self._start(self.socket, "--flags=startup-clear")
+
+    def _start(self, control: Path, *options: str) -> None:
         self.stop()
-        self._process = spawn(
-            [
-                *("swtpm", "socket", "--tpm2", f"--tpmstate=dir={self.state}"),
-                *(f"--ctrl=type=unixio,path={self.socket}", *(extra or ("--flags=startup-clear",))),
-            ],
-            output=self._log,
-        )
-        wait_for_path(self.socket, self._process)
+        command = ["swtpm", "socket", "--tpm2", f"--tpmstate=dir={self.state}", f"--ctrl=type=unixio,path={control}"]
+        self._process = spawn([*command, *options], output=self._log)
+        wait_for_path(control, self._process)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -49,32 +50,30 @@ class SoftwareTPM:
 
     def clear(self) -> None:
         """As the firmware's menu does: the owner's seed is made anew, so nothing sealed opens again."""
-        with self._tools() as run:
+        with self.tools() as run:
             run("tpm2_clear", "-c", "platform")
 
     def lock_out(self) -> None:
         """As after too many wrong guesses: nothing that is protected against guessing works for a day."""
-        with self._tools() as run:
+        with self.tools() as run:
             run("tpm2_dictionarylockout", "--setup-parameters", "--max-tries=1", "--recovery-time=86400")
-            folder = self.state.parent
-            primary, public, private, key = (folder / f"guess.{each}" for each in ("primary", "pub", "priv", "key"))
-            run("tpm2_createprimary", "-Q", "-C", "o", "-c", str(primary))
-            run("tpm2_create", "-Q", "-C", str(primary), "-p", "right", "-u", str(public), "-r", str(private))
-            run("tpm2_load", "-Q", "-C", str(primary), "-u", str(public), "-r", str(private), "-c", str(key))
-            run("tpm2_flushcontext", "-t")
+            run("tpm2_nvdefine", "-Q", "-C", "o", "-s", "8", "-a", "authread|authwrite", "-p", "right", INDEX)
             for _ in range(2):
                 with contextlib.suppress(VMError):
-                    run("tpm2_changeauth", "-c", str(key), "-C", str(primary), "-p", "wrong", "-r", str(private), "any")
+                    run("tpm2_nvread", "-C", INDEX, "-P", "wrong", "-s", "8", INDEX)
+            run("tpm2_nvundefine", "-Q", "-C", "o", INDEX)
             state = run("tpm2_getcap", "properties-variable")
             if not any("inLockout" in line and line.strip().endswith("1") for line in state.splitlines()):
                 raise VMError(f"the TPM did not lock itself\n{state}")
 
     @contextlib.contextmanager
-    def _tools(self) -> Iterator[Tools]:
+    def tools(self) -> Iterator[Tools]:
         """The TPM alone, without a machine, for tpm2-tools."""
         server = self.state.parent / "tpm-server.sock"
-        self.start("--flags=not-need-init", f"--server=type=unixio,path={server}")
+        control = server.with_name(f"{server.name}.ctrl")  # where tpm2-tools look for it
+        self._start(control, "--flags=not-need-init", f"--server=type=unixio,path={server}")
         try:
+            wait_for_path(server, self._running)
             tools = Tools(server)
             tools("tpm2_startup", "-c")
             yield tools
@@ -82,6 +81,12 @@ class SoftwareTPM:
         finally:
             self.stop()
             server.unlink(missing_ok=True)
+            control.unlink(missing_ok=True)
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
 
 
 class Tools:

@@ -40,7 +40,8 @@ def test_without_secure_boot_the_tpm_opens_var_and_the_status_says_that_it_is_we
         machine.power_on()
         machine.wait_ready()
         said = storage(machine)
-        assert (said["encryption"], said["opened_by"], said["secure_boot"]) == ("tpm2", "tpm2", "setup"), said
+        assert (said["encryption"], said["opened_by"]) == ("tpm2", "tpm2"), said
+        assert said["secure_boot"] in ("setup", "unsupported"), said  # by what the firmware has, never "on"
         machine.run("test", "-e", "/var/lib/kept")
         assert WEAK in machine.run("ai-assistant", "status")
         code, words = verify_boot(machine)
