@@ -100,13 +100,18 @@ class History:
 
 
 def crash_states(
-    history: History, count: int, seed: int, important: Callable[[Entry], bool] = lambda _: False
+    history: History, count: int, seed: int, important: Callable[[Entry], int] = lambda _: 0
 ) -> list[State]:
-    """`count` different legal states, in the order of their durable part; fewer only if there are no more."""
+    """`count` different legal states, in the order of their durable part; fewer only if there are no more. Of writes
+    that `important` gives more than 0 the highest come first."""
     choose = random.Random(seed)
     found: dict[object, State] = {}
-    targeted = list(_targeted(history, important, choose))
-    choose.shuffle(targeted)
+    targeted = []
+    ranks = {each: important(each) for each in history.entries}
+    for rank in sorted({*ranks.values()} - {0}, reverse=True):
+        ranked = list(_targeted(history, [each for each in history.entries if ranks[each] == rank], choose))
+        choose.shuffle(ranked)
+        targeted += ranked
     for state in targeted[: count // 2]:
         found.setdefault(state.key, state)
     # Everything flushed before, and everything written since, at each end of an epoch, is in the random part as well.
@@ -123,16 +128,16 @@ def crash_states(
     return sorted(found.values(), key=lambda each: (each.durable, each.cut))
 
 
-def _targeted(history: History, important: Callable[[Entry], bool], choose: random.Random) -> Iterator[State]:
-    for entry in history.entries:
-        if not entry.size or not important(entry):
+def _targeted(history: History, targets: Sequence[Entry], choose: random.Random) -> Iterator[State]:
+    for entry in targets:
+        if not entry.size:
             continue
         number, end = entry.number, history.epoch_end(history.durable(entry.number))
         whole = ((0, entry.size // SECTOR),)
         for cut in sorted({number + 1, end}):
             yield history.state(cut, f"all but entry {number}", True, {number: ()})
             yield history.state(cut, f"nothing but entry {number}", False, {number: whole})
-            for _ in range(3):
+            for _ in range(8):
                 yield history.state(cut, f"entry {number} torn", True, {number: _torn(entry, choose)})
                 yield history.state(cut, f"only a part of entry {number}", False, {number: _torn(entry, choose)})
 
@@ -160,7 +165,7 @@ def _edge(count: int, choose: random.Random) -> int:
     return choose.choice((choose.randint(0, near), count - choose.randint(0, near), choose.randint(0, count)))
 
 
-def _weights(history: History, important: Callable[[Entry], bool]) -> tuple[list[int], list[float]] | None:
+def _weights(history: History, important: Callable[[Entry], int]) -> tuple[list[int], list[float]] | None:
     """The epochs, by their first entry, and how often each is to be chosen."""
     weights: dict[int, float] = {}
     for entry in history.entries:
@@ -170,7 +175,7 @@ def _weights(history: History, important: Callable[[Entry], bool]) -> tuple[list
     return (list(weights), [min(each, 200.0) for each in weights.values()]) if weights else None
 
 
-def _random_state(history: History, durable: int, choose: random.Random, important: Callable[[Entry], bool]) -> State:
+def _random_state(history: History, durable: int, choose: random.Random, important: Callable[[Entry], int]) -> State:
     cut = choose.randint(durable + 1, history.epoch_end(durable))
     pending = history.pending(cut)
     if not pending:

@@ -30,6 +30,7 @@ EXT4_MAGIC_AT = 1080
 LUKS_HEAD = 16 << 20
 # Where a table, a superblock or a LUKS header is written.
 HEAD = 64 << 10
+LARGE = 64 << 20
 
 
 class Kind(StrEnum):
@@ -228,21 +229,20 @@ def read_volume_key(disk: Disk, part: gpt.Partition, recovery_key: str) -> bytes
     return key
 
 
-def important_writes(
-    log: WriteLog, image: Path, disk_size: int, state_starts: Sequence[int]
-) -> Callable[[Entry], bool]:
-    """Writes to a partition table – the image's own backup included –, or to the head of the state partition."""
-    areas = [(0, HEAD), (disk_size - HEAD, disk_size)]
-    areas.append((image.stat().st_size - HEAD, image.stat().st_size))
+def important_writes(log: WriteLog, image: Path, disk_size: int, state_starts: Sequence[int]) -> Callable[[Entry], int]:
+    """2 for a write to a partition table, the image's own backup included; 1 for one to the head of /var."""
+    image_size = image.stat().st_size
+    areas = [(start, start + HEAD, 2) for start in (0, disk_size - HEAD, image_size - HEAD)]
     for each in state_starts:  # a superblock, or LUKS and the superblock in it
-        areas += [(each, each + HEAD), (each + LUKS_HEAD, each + LUKS_HEAD + 4096)]
-    hits = {
-        each.number
-        for each in log.entries
-        # A discard of the whole disk touches every place and says nothing about any.
-        if each.size and not each.discards and any(each.start < end and each.end > start for start, end in areas)
-    }
-    return lambda entry: entry.number in hits
+        areas += [(each, each + HEAD, 1), (each + LUKS_HEAD, each + LUKS_HEAD + 4096, 1)]
+
+    def rank(entry: Entry) -> int:
+        # A discard of the whole disk touches every place and says nothing about any; nor does emptying all of it.
+        if not entry.size or entry.discards or entry.size > LARGE:
+            return 0
+        return max((value for start, end, value in areas if entry.start < end and entry.end > start), default=0)
+
+    return rank
 
 
 def survey(judge: Judge, count: int, seed: int, *, obeys_flushes: bool = True) -> list[Verdict]:
