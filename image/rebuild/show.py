@@ -60,6 +60,12 @@ def sections(unified: Path, target: Path) -> None:
             tools("objcopy", "-O", "binary", f"--only-section={name}", unified, file)
             if file.exists():
                 os.utime(file, (0, 0))
+            if name == ".initrd":
+                # Archives one after the other, the first compressed: what follows it is seen by the section alone.
+                unpacked = target / "initrd.files"
+                unpacked.mkdir()
+                unpack = 'zstd -dcq "$1" 2>/dev/null | cpio --extract --make-directories --quiet --directory "$2"'
+                tools("bash", "-c", unpack, "unpack", file, unpacked)
 
 
 def describe(path: Path) -> tuple[str, ...]:
