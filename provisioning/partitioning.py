@@ -13,8 +13,9 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import secrets
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ from ai_assistant.provisioning.errors import DiskFailed, DiskTooSmall, NoSuchDis
 
 SYSFS = Path("/sys")
 HEAD_BYTES = 1 << 20
-STAND_IN = "ai-assistant-disk"
 # Room for either sector size; what is not table in it is written back as it was.
 _TABLE_BYTES = 64 << 10
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -48,6 +48,7 @@ class Disk:
     size: int
     removable: bool
     partitions: tuple[Partition, ...]
+    sector_bytes: int = 512
 
     def labelled(self, label: str) -> Partition | None:
         return next((each for each in self.partitions if each.label == label), None)
@@ -61,7 +62,9 @@ class Disk:
 def run(command: Sequence[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
     """Run to the end; never raises for an exit status."""
     return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        [str(word) for word in command], **{"capture_output": True, "text": True, "check": False, **options}
+        [str(word) for word in command],
+        # What a person typed, or a file system says of itself, need not be UTF-8.
+        **{"capture_output": True, "encoding": "utf-8", "errors": "replace", "check": False, **options},
     )
 
 
@@ -103,6 +106,7 @@ def read_disk(node: Path, devices: Path = Path("/dev")) -> Disk:
         size=int((node / "size").read_text()) * 512,
         removable=(node / "removable").read_text().strip() == "1",
         partitions=tuple(partitions),
+        sector_bytes=int((node / "queue/logical_block_size").read_text()),
     )
 
 
@@ -141,12 +145,19 @@ def needed_bytes(definitions: Sequence[Path]) -> int:
     return total
 
 
-def partition(disk: Disk, definitions: Sequence[Path], options: Sequence[str] = ()) -> None:
+def partition(
+    disk: Disk,
+    definitions: Sequence[Path],
+    options: Sequence[str] = (),
+    before_commit: Callable[[Path], None] = lambda device: None,
+) -> None:
     """Add what `definitions` say, durably and in an order that survives a power cut. The kernel knows the result.
+
+    `before_commit` gets a device that is the new /var, complete but not in any table yet.
 
     Raises:
         DiskTooSmall: not enough space behind the last partition.
-        DiskFailed: the disk or the TPM refused; the text is systemd-repart's.
+        DiskFailed: the disk refused, or `before_commit` did; nothing was changed then. The text is the tool's.
     """
     if (needed := needed_bytes(definitions)) > disk.free_bytes:
         raise DiskTooSmall(
@@ -155,29 +166,29 @@ def partition(disk: Disk, definitions: Sequence[Path], options: Sequence[str] = 
             hint="use a larger disk",
         )
     with _stand_in(disk) as (device, head):
+        chosen = [f"--definitions={each}" for each in definitions]
         done = run(
-            [
-                "systemd-repart",
-                "--dry-run=no",
-                "--empty=refuse",
-                "--no-pager",
-                "--pretty=no",
-                *(f"--definitions={each}" for each in definitions),
-                *options,
-                device,
-            ]
+            ["systemd-repart", "--dry-run=no", "--empty=refuse", "--no-pager", "--pretty=no", *chosen, *options, device]
         )
         if done.returncode != 0:
-            raise DiskFailed(f"partitioning {disk.device}: {_last_line(done.stderr)}")
+            raise DiskFailed(f"partitioning {disk.device}: {last_line(done.stderr)}")
+        new = next(each for each in _table(device).partitions if each.label == "var")
+        place = [f"--offset={new.start}", f"--sizelimit={new.size}"]
+        with _loop(device, place, disk.sector_bytes) as var:
+            before_commit(var)
     _commit(disk, head)
     tell = run(["partx", "--update", disk.device])
     if tell.returncode != 0:
-        raise DiskFailed(f"the kernel does not take the new table of {disk.device}: {_last_line(tell.stderr)}")
+        raise DiskFailed(f"the kernel does not take the new table of {disk.device}: {last_line(tell.stderr)}")
     run(["udevadm", "settle", "--timeout=30"])
 
 
 def repair_table(disk: Disk) -> bool:
-    """Whether the primary table was torn and is now written again from the backup, which the kernel went by."""
+    """Whether the primary table was torn and is now written again from the backup, which the kernel went by.
+
+    Raises:
+        OSError: the disk cannot be read.
+    """
     try:
         _table(disk.device)
         return False
@@ -187,7 +198,7 @@ def repair_table(disk: Disk) -> bool:
     return run(command).returncode == 0
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"
 
@@ -195,37 +206,46 @@ def _last_line(text: str) -> str:
 def _must(command: Sequence[str | Path]) -> str:
     done = run(command)
     if done.returncode != 0:
-        raise DiskFailed(f"{command[0]}: {_last_line(done.stderr)}")
+        raise DiskFailed(f"{command[0]}: {last_line(done.stderr)}")
     return done.stdout.strip()
+
+
+@contextmanager
+def _loop(backing: Path, options: Sequence[str], sector_bytes: int) -> Iterator[Path]:
+    """A loop device over `backing`, flushed at the end."""
+    sectors = f"--sector-size={sector_bytes}"
+    device = Path(_must(["losetup", "--find", "--show", sectors, *options, backing]))
+    try:
+        yield device
+        _must(["blockdev", "--flushbufs", device])
+    finally:
+        run(["udevadm", "settle", "--timeout=30"])
+        run(["losetup", "--detach", device])
 
 
 @contextmanager
 def _stand_in(disk: Disk) -> Iterator[tuple[Path, Path]]:
     """The device to partition, and the file that holds its first MiB. Everything else is the disk itself."""
-    head = Path("/run") / f"{STAND_IN}.head"
+    name = f"ai-assistant-disk-{secrets.token_hex(4)}"
+    head = Path("/run") / f"{name}.head"
     with disk.device.open("rb") as device:
         head.write_bytes(device.read(HEAD_BYTES))
-    loops: list[str] = []
-    try:
-        # Through a loop device, because device-mapper cannot claim a disk whose partitions are mounted.
-        loops.append(_must(["losetup", "--find", "--show", head]))
-        loops.append(_must(["losetup", "--find", "--show", "--direct-io=on", disk.device]))
-        sectors, first = disk.size // 512, HEAD_BYTES // 512
-        table = f"0 {first} linear {loops[0]} 0\n{first} {sectors - first} linear {loops[1]} {first}\n"
-        done = run(["dmsetup", "create", STAND_IN], input=table)
+    sectors, first = disk.size // 512, HEAD_BYTES // 512
+    # Through a loop device, because device-mapper cannot claim a disk whose partitions are mounted.
+    with (
+        _loop(head, [], disk.sector_bytes) as small,
+        _loop(disk.device, ["--direct-io=on"], disk.sector_bytes) as large,
+    ):
+        table = f"0 {first} linear {small} 0\n{first} {sectors - first} linear {large} {first}\n"
+        done = run(["dmsetup", "create", name], input=table)
         if done.returncode != 0:
-            raise DiskFailed(f"dmsetup: {_last_line(done.stderr)}")
+            raise DiskFailed(f"dmsetup: {last_line(done.stderr)}")
         try:
-            yield Path("/dev/mapper") / STAND_IN, head
-            _must(["blockdev", "--flushbufs", Path("/dev/mapper") / STAND_IN])
+            yield Path("/dev/mapper") / name, head
+            _must(["blockdev", "--flushbufs", Path("/dev/mapper") / name])
         finally:
             run(["udevadm", "settle", "--timeout=30"])
-            run(["dmsetup", "remove", "--retry", STAND_IN])
-        for each in reversed(loops):
-            _must(["blockdev", "--flushbufs", each])
-    finally:
-        for each in loops:
-            run(["losetup", "--detach", each])
+            run(["dmsetup", "remove", "--retry", name])
     _flush(disk.device)
 
 

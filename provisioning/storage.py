@@ -4,16 +4,19 @@
     python3 -m ai_assistant.provisioning.storage recovery   ai-assistant-recovery.service
     python3 -m ai_assistant.provisioning.storage reseal     after a boot with the recovery key: the TPM opens again
 
-With a TPM, /var is LUKS2 with a key that the TPM gives out in this Secure Boot state (PCR 7) to images with a signed
-policy (PCR 11). Without one it is plain. A removable disk is a live system: /var is in memory and nothing is written.
-/run/ai-assistant-storage/state.json tells the rest of the system which it is; README.md has its fields.
+With a TPM, /var is LUKS2 with a key that the TPM gives out in this Secure Boot state (PCR 7), to images with a signed
+policy (PCR 11), until /var is mounted: then PCR 15 is extended, so that whoever puts another /var in its place and runs
+code from it does not get the key of the real one. Without a TPM it is plain. A removable disk is a live system: /var is
+in memory and nothing is written. state.json tells the rest of the system which it is; README.md has its fields.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,27 +26,34 @@ from pathlib import Path
 
 from ai_assistant.errors import AIAssistantError
 from ai_assistant.provisioning import firmware
-from ai_assistant.provisioning.errors import DiskFailed, DiskTooSmall
+from ai_assistant.provisioning.errors import DiskFailed
 from ai_assistant.provisioning.partitioning import (
     Disk,
-    Partition,
     boot_disk,
+    last_line,
     partition,
     repair_table,
     run,
 )
 
 RUNTIME = Path("/run/ai-assistant-storage")
-MOUNTED = RUNTIME / "var"
+# For root alone: what it holds is all of /var, on a way that units do not think of when they hide parts of it.
+PRIVATE = RUNTIME / "private"
+MOUNTED = PRIVATE / "var"
 # Only while the machine runs that was opened with it, for `reseal`.
-OPENED_WITH = RUNTIME / "opened-with"
+OPENED_WITH = PRIVATE / "opened-with"
+# repart/encrypted copies it into the new /var.
+SEED = PRIVATE / "seed"
 PENDING = RUNTIME / "recovery-pending"
 RECOVERY = Path("/var/lib/ai-assistant-recovery")
 DEFINITIONS = Path("/usr/lib/ai-assistant/repart")
+RELEASE_KEY = Path("/usr/lib/ai-assistant/keys/secure-boot.crt")
 CRYPTSETUP = "/usr/lib/systemd/systemd-cryptsetup"
-# PCR 7: Secure Boot and its keys, as they are now. PCR 11: any image whose policy our key has signed.
+PCREXTEND = "/usr/lib/systemd/systemd-pcrextend"
+# PCR 7: Secure Boot and its keys, as they are now. PCR 11: any image whose policy our key has signed. PCR 15: nothing
+# of any /var has been looked at yet.
 BINDING = (
-    "--tpm2-pcrs=7",
+    f"--tpm2-pcrs=7+15:sha256={'0' * 64}",
     "--tpm2-public-key=/run/systemd/tpm2-pcr-public-key.pem",
     "--tpm2-public-key-pcrs=11",
 )
@@ -86,32 +96,66 @@ def write_atomically(path: Path, text: str, mode: int) -> None:
 
 
 def start() -> State:
-    """Have /var's file system at MOUNTED, whatever state the disk is in, and say in state.json which it is."""
-    MOUNTED.mkdir(parents=True, exist_ok=True)
-    disk = boot_disk()
+    """Have /var's file system at MOUNTED, whatever state the disk is in, and return which it is."""
+    PRIVATE.mkdir(mode=0o700, parents=True, exist_ok=True)
+    MOUNTED.mkdir(exist_ok=True)
     state = State("volatile", "", "", False, "", firmware.secure_boot(), firmware.tpm_works())
-    if disk.removable:
-        state = replace(state, reason="this is a live system on a removable disk")
-        return _volatile(state)
-    if repair_table(disk):
-        print("storage: the primary partition table was damaged and is written again from the backup")
-        disk = boot_disk()
     try:
-        if not any(each.label for each in disk.partitions):
-            raise DiskFailed(f"the partition table of {disk.device} cannot be read")
-        if disk.labelled("var") is None:
-            state = replace(state, first_boot=True)
-            state = _first_boot(disk, state)
-            disk = boot_disk()
-        found = disk.labelled("var")
-        if found is None:
-            raise DiskFailed(f"{disk.device} has no state partition after partitioning")
-        return _open(found, state)
+        state, device = _open(state)
+        _close_tpm(state)
+        if device is not None:
+            _mount(device)
+            return state
     except Exception as error:  # whatever it is, the machine must come up and say so
         message = error.message if isinstance(error, AIAssistantError) else f"{type(error).__name__}: {error}"
         say(f"Storage: {message}.\nThe machine runs without its disk: nothing of this session is kept.")
         print(f"storage: {message}", file=sys.stderr)
-        return _volatile(replace(state, reason=message))
+        state = replace(state, reason=message)
+        # Of this /var nothing is run, so no harm is done when this fails as well.
+        with suppress(AIAssistantError):
+            _close_tpm(state)
+    state = replace(state, encryption="volatile", opened_by="", device="")
+    run(["mount", "-t", "tmpfs", "-o", "mode=0755,nodev,size=50%", "tmpfs", MOUNTED])
+    return state
+
+
+def _open(state: State) -> tuple[State, Path | None]:
+    """The device to mount as /var, made and opened if need be; none on a removable disk."""
+    disk = boot_disk()
+    if disk.removable:
+        return replace(state, reason="this is a live system on a removable disk"), None
+    if repair_table(disk):
+        print("storage: the primary partition table was damaged and is written again from the backup")
+        disk = boot_disk()
+    if not any(each.label for each in disk.partitions):
+        raise DiskFailed(f"the partition table of {disk.device} cannot be read")
+    if disk.labelled("var") is None:
+        state = _first_boot(disk, replace(state, first_boot=True))
+        disk = boot_disk()
+    found = disk.labelled("var")
+    if found is None:
+        raise DiskFailed(f"{disk.device} has no state partition after partitioning")
+    state = replace(state, device=str(found.device))
+    if not is_luks(found.device):
+        return replace(state, encryption="none", reason=state.reason or _why_plain(state)), found.device
+    _check_luks(found.device)
+    state = replace(state, encryption="tpm2", reason="")
+    failure = attach(found.device, "tpm2-device=auto")
+    if failure is None:
+        state = replace(state, opened_by="tpm2")
+    else:
+        _ask_for_recovery_key(found.device, why_closed(failure, state))
+        state = replace(state, opened_by="recovery-key")
+    return state, Path("/dev/mapper/var")
+
+
+def _close_tpm(state: State) -> None:
+    """From here on the TPM gives out no key of any /var in this boot: before the first byte of it is looked at."""
+    if not state.tpm:
+        return
+    done = run([PCREXTEND, "--graceful", "--pcr=15", f"ai-assistant-storage:{state.encryption}"])
+    if done.returncode != 0:
+        raise DiskFailed(f"the TPM could not be told that /var is used: {last_line(done.stderr)}")
 
 
 def _first_boot(disk: Disk, state: State) -> State:
@@ -119,23 +163,45 @@ def _first_boot(disk: Disk, state: State) -> State:
     if state.tpm:
         say("First boot: the disk is being prepared and encrypted. This takes a moment.")
         try:
-            partition(disk, [slots, DEFINITIONS / "tpm2"], ["--tpm2-device=auto", *BINDING])
+            _encrypted(disk, slots)
             return state
-        except DiskTooSmall:
-            raise
-        except DiskFailed as error:
+        except TPMRefused as error:
             # A machine that serves unencrypted and says so is better than none.
             say(f"The TPM could not be used: {error.message}.\n/var will not be encrypted.")
             print(f"storage: no encryption: {error.message}", file=sys.stderr)
-            partition(disk, [slots, DEFINITIONS / "plain"])
-            return replace(state, reason=f"the TPM could not be used at the first boot: {error.message}")
+            state = replace(state, reason=f"the TPM could not be used at the first boot: {error.message}")
     partition(disk, [slots, DEFINITIONS / "plain"])
     return state
 
 
-def _volatile(state: State) -> State:
-    run(["mount", "-t", "tmpfs", "-o", "mode=0755,nodev,size=50%", "tmpfs", MOUNTED])
-    return replace(state, encryption="volatile", device="")
+class TPMRefused(DiskFailed):
+    """The TPM did not take the key; nothing was written that counts."""
+
+
+def _encrypted(disk: Disk, slots: Path) -> None:
+    """LUKS that the recovery key opens, with that key inside; then the TPM. Both before the table has the partition."""
+    key = new_recovery_key()
+    SEED.mkdir(mode=0o700, exist_ok=True)
+    write_atomically(SEED / "key", key + "\n", 0o600)
+    passphrase = PRIVATE / "passphrase"
+    write_atomically(passphrase, key, 0o600)
+
+    def bind(device: Path) -> None:
+        done = run(["systemd-cryptenroll", f"--unlock-key-file={passphrase}", "--tpm2-device=auto", *BINDING, device])
+        if done.returncode != 0:
+            raise TPMRefused(last_line(done.stderr))
+
+    try:
+        partition(disk, [slots, DEFINITIONS / "encrypted"], [f"--key-file={passphrase}"], bind)
+    finally:
+        passphrase.unlink(missing_ok=True)
+        (SEED / "key").unlink(missing_ok=True)
+
+
+def new_recovery_key() -> str:
+    """256 random bits in systemd's letters for recovery keys, which lie in the same place on most keyboards."""
+    letters = "".join(_MODHEX[byte >> 4] + _MODHEX[byte & 15] for byte in secrets.token_bytes(32))
+    return normalised(letters)
 
 
 def is_luks(device: Path) -> bool:
@@ -143,19 +209,12 @@ def is_luks(device: Path) -> bool:
         return file.read(6) == b"LUKS\xba\xbe"
 
 
-def _open(found: Partition, state: State) -> State:
-    state = replace(state, device=str(found.device))
-    if not is_luks(found.device):
-        _mount(found.device)
-        return replace(state, encryption="none", reason=state.reason or _why_plain(state))
-    state = replace(state, encryption="tpm2", reason="")
-    if (failure := attach(found.device, "tpm2-device=auto")) is None:
-        state = replace(state, opened_by="tpm2")
-    else:
-        _ask_for_recovery_key(found.device, why_closed(failure, state))
-        state = replace(state, opened_by="recovery-key")
-    _mount(Path("/dev/mapper/var"))
-    return state
+def _check_luks(device: Path) -> None:
+    """Before anybody is asked for a key: is it the key that is missing?"""
+    if run(["cryptsetup", "luksDump", device]).returncode != 0:
+        raise DiskFailed("the header of the state partition is damaged; it was left as it is")
+    if run(["blockdev", "--getro", device]).stdout.strip() != "0":
+        raise DiskFailed(f"{device} is write-protected")
 
 
 def _why_plain(state: State) -> str:
@@ -193,7 +252,7 @@ def attach(device: Path, options: str, key_file: Path | None = None) -> str | No
     if done.returncode == 0:
         return None
     print(done.stderr, file=sys.stderr)
-    return str(done.stderr)
+    return done.stderr
 
 
 def normalised(key: str) -> str:
@@ -216,12 +275,20 @@ def _ask_for_recovery_key(device: Path, reason: str) -> None:
         if asked.returncode != 0:
             time.sleep(1)
             continue
-        write_atomically(OPENED_WITH, normalised(str(asked.stdout)), 0o600)
-        if attach(device, "", OPENED_WITH) is None:
+        write_atomically(OPENED_WITH, normalised(asked.stdout), 0o600)
+        failure = attach(device, "", OPENED_WITH)
+        if failure is None:
             say("Storage: /var is open.")
             return
         OPENED_WITH.unlink()
+        if not is_wrong_key(failure):
+            raise DiskFailed(f"the state partition cannot be opened: {last_line(failure)}")
         say("That is not the recovery key of this device.")
+
+
+def is_wrong_key(failure: str) -> bool:
+    """Whether systemd-cryptsetup refused the key, and not the disk the opening."""
+    return "incorrect" in failure.lower() or "not permitted" in failure.lower()
 
 
 def _mount(device: Path) -> None:
@@ -229,11 +296,12 @@ def _mount(device: Path) -> None:
     if check.returncode >= 4:
         print(f"storage: repairing {device}: {check.stdout}{check.stderr}", file=sys.stderr)
         run(["fsck.ext4", "-y", device])
-    done = run(["mount", "-t", "ext4", "-o", "nodev", device, MOUNTED])
+    done = run(["mount", "-t", "ext4", "-o", "rw,nodev", device, MOUNTED])
     if done.returncode != 0:
-        raise DiskFailed(
-            f"the state partition is damaged and was left as it is ({done.stderr.strip().splitlines()[-1]})"
-        )
+        raise DiskFailed(f"the state partition is damaged and was left as it is ({last_line(done.stderr)})")
+    if os.statvfs(MOUNTED).f_flag & os.ST_RDONLY:
+        run(["umount", MOUNTED])
+        raise DiskFailed("the state partition can only be read")
 
 
 def _state() -> State:
@@ -246,34 +314,29 @@ def _state() -> State:
         ) from error
 
 
-def _unlock_option() -> str:
-    # Gone after a reseal: from then on the TPM opens it.
-    return f"--unlock-key-file={OPENED_WITH}" if OPENED_WITH.exists() else "--unlock-tpm2-device=auto"
-
-
 def recovery() -> None:
-    """Have a recovery key in RECOVERY until its owner acknowledges it, and show it on the consoles."""
+    """Show the recovery key until its owner acknowledges it; after one had to be typed, bind /var to the TPM again."""
     state = _state()
     if state.encryption != "tpm2":
         return
-    if state.opened_by == "recovery-key" and state.tpm and state.secure_boot == "on":
-        # The owner's key opened it on a machine in a known state: from the next boot on the TPM does again.
-        reseal()
-    RECOVERY.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if (RECOVERY / "acknowledged").exists():
-        # Also after a cut between the two steps of an acknowledgement.
-        (RECOVERY / "key").unlink(missing_ok=True)
+    if state.opened_by == "recovery-key" and state.tpm and firmware.only_our_keys(RELEASE_KEY):
+        # The owner's key opened it, and Secure Boot takes our signatures alone: from the next boot on the TPM does.
+        try:
+            reseal()
+        except DiskFailed as error:
+            print(f"storage: {error.message}", file=sys.stderr)
+    RECOVERY.chmod(0o700)
+    waiting = RECOVERY / "key"
+    if not waiting.exists():
         return
-    if not (RECOVERY / "key").exists():
-        # One from before a power cut was never seen by anybody.
-        command = ["systemd-cryptenroll", "--wipe-slot=recovery", "--recovery-key", _unlock_option()]
-        done = run([*command, state.device])
-        key = str(done.stdout).strip()
-        if done.returncode != 0 or normalised(key).count("-") != 7:
-            raise DiskFailed(f"no recovery key could be made: {done.stderr.strip()}")
-        write_atomically(RECOVERY / "key", key + "\n", 0o600)
-    PENDING.touch()
-    key = (RECOVERY / "key").read_text().strip()
+    key = waiting.read_text().strip()
+    # The vault writes the hash of the key that was acknowledged; a power cut may have left that key.
+    with suppress(OSError):
+        if (RECOVERY / "acknowledged").read_text().strip() == hashlib.sha256(key.encode()).hexdigest():
+            waiting.unlink()
+            return
+    PENDING.touch(mode=0o644)
+    PENDING.chmod(0o644)
     say(
         "Recovery key of this device – write it down and keep it elsewhere:\n\n"
         f"    {key}\n\n"
@@ -291,13 +354,16 @@ def reseal() -> None:
     state = _state()
     if state.encryption != "tpm2":
         raise DiskFailed("/var is not encrypted", hint=state.reason)
-    if state.opened_by == "recovery-key" and not OPENED_WITH.exists():
-        return
-    command = ["systemd-cryptenroll", "--wipe-slot=tpm2", "--tpm2-device=auto", *BINDING, _unlock_option()]
-    done = run([*command, state.device])
+    if not OPENED_WITH.exists():
+        if state.opened_by == "recovery-key":
+            print("storage: /var has been bound to the TPM in this boot already")
+            return
+        raise DiskFailed("the TPM has opened /var, so there is nothing to bind anew")
+    command = ["systemd-cryptenroll", f"--unlock-key-file={OPENED_WITH}", "--wipe-slot=tpm2", "--tpm2-device=auto"]
+    done = run([*command, *BINDING, state.device])
     if done.returncode != 0:
-        raise DiskFailed(f"the TPM could not be used: {str(done.stderr).strip().splitlines()[-1]}")
-    OPENED_WITH.unlink(missing_ok=True)
+        raise DiskFailed(f"the TPM could not be used: {last_line(done.stderr)}")
+    OPENED_WITH.unlink()
     print("storage: /var is bound to the TPM in this state of the machine")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import ssl
+import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,10 +47,20 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(storage, "run", made.run)
     monkeypatch.setattr(storage, "say", lambda text: made.commands.append(["say", text]))
     monkeypatch.setattr(storage, "repair_table", lambda disk: False)
-    for name, folder in {"RUNTIME": "run", "MOUNTED": "run/var", "OPENED_WITH": "run/opened-with",
-                         "PENDING": "run/recovery-pending", "RECOVERY": "recovery"}.items():  # fmt: skip
+    for name, folder in {
+        "RUNTIME": "run",
+        "PRIVATE": "run/private",
+        "MOUNTED": "run/private/var",
+        "OPENED_WITH": "run/private/opened-with",
+        "SEED": "run/private/seed",
+        "PENDING": "run/recovery-pending",
+        "RECOVERY": "recovery",
+    }.items():
         monkeypatch.setattr(storage, name, tmp_path / folder)
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run/private").mkdir(parents=True)
+    (tmp_path / "recovery").mkdir()
+    made.answers["--getro"] = (0, "0\n", "")
+    monkeypatch.setattr(firmware, "only_our_keys", lambda certificate: True)
     monkeypatch.setattr(firmware, "secure_boot", lambda: "on")
     monkeypatch.setattr(firmware, "tpm_works", lambda: True)
     return made
@@ -71,39 +84,142 @@ def test_a_live_system_writes_nothing(world: World, tmp_path: Path, monkeypatch:
     state = start(monkeypatch, disk_with(tmp_path, None, removable=True))
     assert state.encryption == "volatile"
     assert "live system" in state.reason
-    assert [words[0] for words in world.commands] == ["mount"]
+    assert [Path(words[0]).name for words in world.commands] == ["systemd-pcrextend", "mount"]
 
 
-def test_the_first_boot_with_a_tpm_encrypts(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[list[Path], list[str]]] = []
-    monkeypatch.setattr(storage, "partition", lambda disk, where, options=(): made.append((where, list(options))))
+class Partitioner:
+    """`partition` without a disk: runs what comes before the commit, and keeps what lay in the seed then."""
+
+    def __init__(self, seed: Path) -> None:
+        self.calls: list[tuple[list[str], list[str]]] = []
+        self.keys: list[str] = []
+        self._seed = seed
+
+    def __call__(
+        self,
+        disk: Disk,
+        where: list[Path],
+        options: Sequence[str] = (),
+        before_commit: Callable[[Path], None] = lambda device: None,
+    ) -> None:
+        self.calls.append(([each.name for each in where], list(options)))
+        if (self._seed / "key").exists():
+            assert (self._seed / "key").stat().st_mode & 0o777 == 0o600
+            self.keys.append((self._seed / "key").read_text())
+        before_commit(Path("/dev/loop7"))
+
+
+@pytest.fixture
+def partitioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Partitioner:
+    made = Partitioner(tmp_path / "run/private/seed")
+    monkeypatch.setattr(storage, "partition", made)
+    return made
+
+
+def test_the_first_boot_with_a_tpm_encrypts(
+    world: World, partitioner: Partitioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = start(monkeypatch, disk_with(tmp_path, None), disk_with(tmp_path, b"LUKS\xba\xbe"))
     assert (state.encryption, state.opened_by, state.first_boot, state.reason) == ("tpm2", "tpm2", True, "")
-    (definitions, options) = made[0]
-    assert [each.name for each in definitions] == ["slots", "tpm2"]
-    assert {"--tpm2-pcrs=7", "--tpm2-public-key-pcrs=11"} <= set(options)
+    assert partitioner.calls == [(["slots", "encrypted"], [f"--key-file={tmp_path}/run/private/passphrase"])]
+    bound = next(words for words in world.commands if words[0] == "systemd-cryptenroll")
+    assert f"--tpm2-pcrs=7+15:sha256={'0' * 64}" in bound
+    assert "--tpm2-public-key-pcrs=11" in bound
+    assert bound[-1] == "/dev/loop7"
+    # The key is in the new /var and nowhere else.
+    (key,) = partitioner.keys
+    assert normalised(key) == key.strip()
+    assert key.count("-") == 7
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not world.ran(key.strip())
 
 
-def test_without_a_tpm_it_is_plain_and_says_so(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[list[str]] = []
-    monkeypatch.setattr(storage, "partition", lambda disk, where, options=(): made.append([p.name for p in where]))
+def test_no_two_recovery_keys_are_the_same() -> None:
+    assert len({storage.new_recovery_key() for _ in range(50)}) == 50
+
+
+def test_the_tpm_is_closed_before_anything_of_var_is_looked_at(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(monkeypatch, disk_with(tmp_path, b"LUKS\xba\xbe"))
+    verbs = [Path(words[0]).name for words in world.commands]
+    assert verbs.index("systemd-cryptsetup") < verbs.index("systemd-pcrextend") < verbs.index("fsck.ext4")
+    assert verbs.index("systemd-pcrextend") < verbs.index("mount")
+
+
+@pytest.mark.parametrize("content", [b"", b"LUKS\xba\xbe"])
+def test_a_tpm_that_cannot_be_closed_leaves_var_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    world.answers["pcrextend"] = (1, "", "Failed to extend PCR")
+    state = start(monkeypatch, disk_with(tmp_path, content))
+    assert state.encryption == "volatile"
+    assert not world.ran("mount -t ext4")
+
+
+def test_without_a_tpm_it_is_plain_and_says_so(
+    world: World, partitioner: Partitioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(firmware, "tpm_works", lambda: False)
     state = start(monkeypatch, disk_with(tmp_path, None), disk_with(tmp_path, b""))
-    assert made == [["slots", "plain"]]
+    assert partitioner.calls == [(["slots", "plain"], [])]
     assert (state.encryption, state.reason) == ("none", "this machine has no TPM")
+    assert not world.ran("pcrextend")
 
 
 def test_a_tpm_that_refuses_leaves_a_working_machine(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, partitioner: Partitioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(disk: Disk, where: list[Path], options: list[str] | tuple[str, ...] = ()) -> None:
-        if options:
-            raise DiskFailed("partitioning: TPM in lockout mode")
-
-    monkeypatch.setattr(storage, "partition", refuse)
+    world.answers["systemd-cryptenroll"] = (1, "", "TPM in lockout mode")
     state = start(monkeypatch, disk_with(tmp_path, None), disk_with(tmp_path, b""))
+    assert [definitions for definitions, _ in partitioner.calls] == [["slots", "encrypted"], ["slots", "plain"]]
     assert state.encryption == "none"
     assert "lockout" in state.reason
+
+
+def test_a_disk_that_refuses_is_not_the_tpms_fault(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again at the next boot, encrypted."""
+    tried: list[list[str]] = []
+
+    def refuse(disk: Disk, where: list[Path], *_: object) -> None:
+        tried.append([each.name for each in where])
+        raise DiskFailed("input/output error")
+
+    monkeypatch.setattr(storage, "partition", refuse)
+    assert start(monkeypatch, disk_with(tmp_path, None)).encryption == "volatile"
+    assert tried == [["slots", "encrypted"]]
+
+
+@pytest.mark.parametrize("command", ["luksDump", "--getro"])
+def test_a_damaged_header_or_a_write_protected_disk_asks_nobody_for_a_key(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    world.answers[command] = (1, "1\n", "damaged")
+    state = start(monkeypatch, disk_with(tmp_path, b"LUKS\xba\xbe"))
+    assert state.encryption == "volatile"
+    assert not world.ran("systemd-ask-password")
+
+
+def test_what_is_not_about_the_key_is_not_called_a_wrong_key(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.answers["systemd-cryptsetup"] = (1, "", "device-mapper: reload ioctl failed: Cannot allocate memory")
+    world.answers["systemd-ask-password"] = (0, KEY, "")
+    state = start(monkeypatch, disk_with(tmp_path, b"LUKS\xba\xbe"))
+    assert state.encryption == "volatile"
+    assert "cannot be opened" in state.reason
+
+
+def test_a_disk_that_cannot_be_read_is_survived(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(disk: Disk) -> bool:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(storage, "repair_table", unreadable)
+    state = start(monkeypatch, disk_with(tmp_path, None))
+    assert state.encryption == "volatile"
+    assert "Input/output error" in state.reason
 
 
 @pytest.mark.parametrize(
@@ -155,14 +271,14 @@ def test_the_recovery_key_opens_when_the_tpm_does_not(
         if command[0] == "systemd-ask-password":
             return subprocess.CompletedProcess([], 0, tries.pop(0), "")
         if "opened-with" in " ".join(map(str, command)):
-            right = (tmp_path / "run/opened-with").read_text() == KEY
-            return subprocess.CompletedProcess([], 0 if right else 1, "", "" if right else "no key available")
+            right = (tmp_path / "run/private/opened-with").read_text() == KEY
+            return subprocess.CompletedProcess([], 0 if right else 1, "", "" if right else "Key data incorrect?")
         return attach(command, **options)
 
     monkeypatch.setattr(storage, "run", run)
     state = start(monkeypatch, disk_with(tmp_path, b"LUKS\xba\xbe"))
     assert state.opened_by == "recovery-key"
-    assert (tmp_path / "run/opened-with").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "run/private/opened-with").stat().st_mode & 0o077 == 0
     assert world.ran("Secure Boot or its keys were changed")
     assert world.ran("That is not the recovery key")
 
@@ -198,39 +314,44 @@ def with_state(world: World, tmp_path: Path) -> Callable[..., None]:
     return write
 
 
-def test_a_recovery_key_is_made_once_and_kept_until_acknowledged(
-    world: World, with_state: Callable[..., None], tmp_path: Path
+@pytest.fixture
+def key(world: World, tmp_path: Path) -> Path:
+    (tmp_path / "recovery/key").write_text(KEY + "\n")
+    return tmp_path / "recovery/key"
+
+
+def test_the_recovery_key_is_shown_until_it_is_acknowledged(
+    world: World, with_state: Callable[..., None], tmp_path: Path, key: Path
 ) -> None:
     with_state()
-    world.answers["systemd-cryptenroll"] = (0, KEY + "\n", "")
-    storage.recovery()
-    key = tmp_path / "recovery/key"
-    assert key.read_text() == KEY + "\n"
-    assert key.stat().st_mode & 0o777 == 0o600
+    for _ in range(2):
+        world.commands.clear()
+        storage.recovery()
+        assert world.ran(f"say Recovery key of this device – write it down and keep it elsewhere:\n\n    {KEY}")
     assert (tmp_path / "run/recovery-pending").exists()
-    assert world.ran(f"say Recovery key of this device – write it down and keep it elsewhere:\n\n    {KEY}")
-    made = len([words for words in world.commands if words[0] == "systemd-cryptenroll"])
-    storage.recovery()
-    assert len([words for words in world.commands if words[0] == "systemd-cryptenroll"]) == made == 1
-    (tmp_path / "recovery/acknowledged").touch()
+    assert (tmp_path / "recovery").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "recovery/acknowledged").write_text(hashlib.sha256(KEY.encode()).hexdigest() + "\n")
+    world.commands.clear()
     storage.recovery()
     assert not key.exists()
+    assert world.commands == []
 
 
-def test_a_key_that_nobody_saw_is_replaced(world: World, with_state: Callable[..., None]) -> None:
-    """The power went between enrolling it and writing it down."""
+def test_another_key_than_the_acknowledged_one_waits(
+    world: World, with_state: Callable[..., None], tmp_path: Path, key: Path
+) -> None:
     with_state()
-    world.answers["systemd-cryptenroll"] = (0, KEY + "\n", "")
+    (tmp_path / "recovery/acknowledged").write_text(hashlib.sha256(b"an older key").hexdigest() + "\n")
     storage.recovery()
-    assert world.ran("--wipe-slot=recovery")
+    assert key.exists()
+    assert world.ran(KEY)
 
 
-def test_a_failure_leaves_no_half_a_key(world: World, with_state: Callable[..., None], tmp_path: Path) -> None:
+def test_a_key_that_is_gone_is_not_replaced(world: World, with_state: Callable[..., None]) -> None:
+    """Its owner may have it on paper."""
     with_state()
-    world.answers["systemd-cryptenroll"] = (1, "", "Failed to unseal")
-    with pytest.raises(DiskFailed, match="no recovery key could be made"):
-        storage.recovery()
-    assert list((tmp_path / "recovery").iterdir()) == []
+    storage.recovery()
+    assert world.commands == []
 
 
 def test_no_recovery_key_without_encryption(world: World, with_state: Callable[..., None]) -> None:
@@ -243,21 +364,68 @@ def test_after_the_recovery_key_the_tpm_is_bound_again(
     world: World, with_state: Callable[..., None], tmp_path: Path
 ) -> None:
     with_state(opened_by="recovery-key")
-    (tmp_path / "run/opened-with").write_text(KEY)
-    world.answers["--recovery-key"] = (0, KEY + "\n", "")
+    (tmp_path / "run/private/opened-with").write_text(KEY)
     storage.recovery()
-    assert world.ran("--wipe-slot=tpm2 --tpm2-device=auto --tpm2-pcrs=7")
-    assert not (tmp_path / "run/opened-with").exists()
+    assert world.ran("--wipe-slot=tpm2 --tpm2-device=auto --tpm2-pcrs=7+15")
+    assert not (tmp_path / "run/private/opened-with").exists()
 
 
-def test_without_secure_boot_that_is_left_to_the_owner(
-    world: World, with_state: Callable[..., None], tmp_path: Path
+def test_with_other_keys_in_secure_boot_that_is_left_to_the_owner(
+    world: World, with_state: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_state(opened_by="recovery-key", secure_boot="off")
-    (tmp_path / "run/opened-with").write_text(KEY)
-    world.answers["--recovery-key"] = (0, KEY + "\n", "")
+    monkeypatch.setattr(firmware, "only_our_keys", lambda certificate: False)
+    with_state(opened_by="recovery-key")
+    (tmp_path / "run/private/opened-with").write_text(KEY)
     storage.recovery()
     assert not world.ran("--wipe-slot=tpm2")
+    storage.reseal()
+    assert world.ran("--wipe-slot=tpm2")
+
+
+def test_a_failing_reseal_does_not_hide_the_key(world: World, with_state: Callable[..., None], key: Path) -> None:
+    with_state(opened_by="recovery-key")
+    storage.OPENED_WITH.write_text(KEY)
+    world.answers["systemd-cryptenroll"] = (1, "", "TPM in lockout mode")
+    storage.recovery()
+    assert world.ran(f"    {KEY}")
+    assert storage.OPENED_WITH.exists()
+
+
+def test_there_is_nothing_to_bind_when_the_tpm_has_opened_it(world: World, with_state: Callable[..., None]) -> None:
+    with_state()
+    with pytest.raises(DiskFailed, match="nothing to bind anew"):
+        storage.reseal()
+
+
+def signature_list(*certificates: bytes) -> bytes:
+    body = b"".join(bytes(16) + each for each in certificates)
+    each = 16 + len(certificates[0])
+    return b"\x27\0\0\0" + bytes(16) + struct.pack("<III", 28 + len(body), 0, each) + body
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"db-d719b2cb-3d3a-4596-a3bc-dad00e67656f": signature_list(b"ours", b"more")}, False),
+        ({"db-d719b2cb-3d3a-4596-a3bc-dad00e67656f": signature_list(b"ours") + signature_list(b"more")[4:]}, False),
+        ({"KEK-8be4df61-93ca-11d2-aa0d-00e098032b8c": signature_list(b"else")}, False),
+        ({"PK-8be4df61-93ca-11d2-aa0d-00e098032b8c": b""}, False),
+        ({"SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c": b"\6\0\0\0\0"}, False),
+    ],
+)
+def test_only_our_keys(tmp_path: Path, change: dict[str, bytes], expected: bool) -> None:
+    (tmp_path / "our.crt").write_text(ssl.DER_cert_to_PEM_cert(b"ours"))
+    (tmp_path / "variables").mkdir()
+    found = {
+        "SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c": b"\6\0\0\0\1",
+        **{f"{name}-8be4df61-93ca-11d2-aa0d-00e098032b8c": signature_list(b"ours") for name in ("PK", "KEK")},
+        "db-d719b2cb-3d3a-4596-a3bc-dad00e67656f": signature_list(b"ours"),
+    }
+    for name, value in {**found, **change}.items():
+        (tmp_path / "variables" / name).write_bytes(value)
+    assert firmware.only_our_keys(tmp_path / "our.crt", tmp_path / "variables") is expected
+    assert not firmware.only_our_keys(tmp_path / "none.crt", tmp_path / "variables")
 
 
 @pytest.mark.parametrize(("secure_boot", "setup", "expected"), [
