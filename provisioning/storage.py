@@ -369,7 +369,8 @@ def reseal() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     verbs: dict[str, Callable[[], object]] = {"recovery": recovery, "reseal": reseal}
-    os.umask(0o077)
+    # Secrets have modes of their own; folders that systemd-repart makes in the new /var are everybody's.
+    os.umask(0o022)
     try:
         if list(arguments) == ["start"]:
             state = start()
