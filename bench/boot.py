@@ -5,7 +5,7 @@
 Both are booted in turn in the virtual machine (image/vm), from the same kind of disk, with OVMF, a TPM and no
 Secure Boot. Counted is the guest's own clock: boot loader and kernel loading (what systemd-boot writes into
 LoaderTime…) plus the time until ai-assistantd.service is ready, or until multi-user.target in the plain image. Second
-boots, so that the first boot's partitioning is not in it. The slowest units of ours on the way there are printed as well.
+boots, so that the first boot's partitioning is not in it. The slowest units of ours on the way there are printed too.
 """
 
 from __future__ import annotations
