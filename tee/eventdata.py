@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -28,6 +28,20 @@ TAGS = {
     0x49DFFE0F: "initrd add-on",
     0xDAC08E1A: "microcode add-on",
     0x13AED6DB: "profile of the unified kernel image",
+}
+
+
+# The PC Client profile allows both; a third says that the firmware failed.
+SEPARATORS = (b"\0\0\0\0", b"\xff\xff\xff\xff")
+_ENDS = {hashlib.sha256(data).digest() for data in (*SEPARATORS, b"\1\0\0\0")}
+# What firmware says of itself in PCR 2 and 4; everything else there may be a program.
+_KNOWN: dict[int, tuple[bytes, ...]] = {
+    EventType.SEPARATOR: SEPARATORS,
+    EventType.EFI_ACTION: (
+        b"Calling EFI Application from Boot Option",
+        b"Returning from EFI Application from Boot Option",
+    ),
+    EventType.OMIT_BOOT_DEVICE_EVENTS: (b"BOOT ATTEMPTS OMITTED",),
 }
 
 
@@ -91,6 +105,33 @@ def _nodes(path: bytes) -> Iterator[str]:
             case 3, 18:
                 yield "SATA"
         at += size
+
+
+def ends_firmware(event: Event) -> bool:
+    """Whether the digest is a separator's. What the log calls the event does not matter: who calls it something else
+    wants what follows to look like the firmware's."""
+    return event.digest in _ENDS
+
+
+def firmwares(events: Sequence[Event]) -> int:
+    """How many of a PCR's events come before its separator: the firmware's own, made before it started anything else.
+    Without a separator, none are known to be."""
+    return next((place for place, event in enumerate(events) if ends_firmware(event)), 0)
+
+
+def harmless(event: Event) -> bool:
+    """Whether a measurement in PCR 2 or 4 is certainly no program: the hash of words that firmware is known to say."""
+    return event.genuine and is_text(event, *_KNOWN.get(event.type, ()))
+
+
+def is_text(event: Event, *texts: bytes) -> bool:
+    """Whether the data are one of these texts; some firmware ends them with a NUL."""
+    return any(event.data in (each, each + b"\0") for each in texts)
+
+
+def is_words(event: Event) -> bool:
+    """Whether what was measured is a text, whichever: no program can be one."""
+    return event.genuine and 0 < len(event.data) <= _MAX_TEXT and bool(_ascii(event.data))
 
 
 def text(event: Event) -> str:

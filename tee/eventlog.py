@@ -1,8 +1,10 @@
 """The firmware's event log (TCG2, crypto-agile) and systemd's own, and their replay into PCR values.
 
 Pure functions on bytes, for whoever verifies a boot: this machine, or another one that was sent a log with a quote.
-A log is hostile until its replay leads to the values of the TPM, and even then it vouches for its digests only: the
-data beside a digest is somebody's word unless it hashes to the digest (`Event.genuine`).
+A log is hostile until its replay leads to the values of the TPM, and even then it vouches for its digests and their
+order only. The type and the data beside a digest are somebody's word: the data until they hash to the digest
+(`Event.genuine`), and the type for ever, since no TPM gets to see it. A verdict rests on digests, or on genuine data
+that can be nothing else than what the type says (`eventdata.harmless`, `eventdata.firmwares`).
 
 Sources: TCG PC Client Platform Firmware Profile 1.06, chapter 10; systemd's TPM2_PCR_MEASUREMENTS.
 """
@@ -62,7 +64,7 @@ class Event:
 
     @property
     def genuine(self) -> bool:
-        """Whether the data is what was measured, not only words beside it."""
+        """Whether the data is what was measured, not only words beside it. The type is not measured."""
         return hashlib.sha256(self.data).digest() == self.digest
 
 

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,7 +242,8 @@ class Machine:
     @contextmanager
     def _mounted(self, device: Path) -> Iterator[Path]:
         # Made with mode 0700: nobody else gets to the partition through it.
-        with tempfile.TemporaryDirectory(prefix="ai-assistant-esp-", dir=self._root / "run") as place:
+        place = tempfile.mkdtemp(prefix="ai-assistant-esp-", dir=self._root / "run")
+        try:
             try:
                 self._run(["mount", "-t", "vfat", "-o", "ro,nosuid,nodev,noexec,umask=0077", str(device), place])
             except (OSError, subprocess.SubprocessError) as error:
@@ -250,7 +251,22 @@ class Machine:
             try:
                 yield Path(place)
             finally:
-                self._run(["umount", place])
+                self._unmount(place)
+        finally:
+            # Never a whole tree: while something is mounted there, the tree is the boot partition.
+            with suppress(OSError):
+                Path(place).rmdir()
+
+    def _unmount(self, place: str) -> None:
+        try:
+            self._run(["umount", place])
+        except (OSError, subprocess.SubprocessError):
+            try:  # Somebody looks into it: it goes when they leave.
+                self._run(["umount", "--lazy", place])
+            except (OSError, subprocess.SubprocessError) as error:
+                raise NoMeasurements(
+                    f"the boot partition stays mounted at {place}: {error}", hint=f"umount {place}"
+                ) from error
 
 
 def choose(candidates: Sequence[Published], key: bytes, uki: str, command_line: str) -> tuple[Published, Measurements]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 
-from ai_assistant.tee.eventdata import from_firmware, image_path, text
+from ai_assistant.tee.eventdata import firmwares, from_firmware, harmless, image_path, is_words, text
 from ai_assistant.tee.eventlog import Event, EventType
 from ai_assistant.tee.measurements import Measurements, Program
 from ai_assistant.tee.report import Check, differs, information, published
 
 PCR, DRIVERS = 4, 2
 _DRIVERS = (EventType.EFI_BOOT_SERVICES_DRIVER, EventType.EFI_RUNTIME_SERVICES_DRIVER)
-_HARMLESS = (EventType.EFI_ACTION, EventType.SEPARATOR, EventType.OMIT_BOOT_DEVICE_EVENTS)
 _MEANINGS = {
     "boot loader": "Another boot loader was started than the release's: it decides what runs next.",
     "unified kernel image": "Another unified kernel image was started than the release's: another kernel, initial file "
@@ -39,14 +37,10 @@ def check(events: Sequence[Event], expected: Measurements, *, secure_boot: bool)
             instead = _instead(foreign, alternatives)
             foreign = [event for event in foreign if event is not instead]
             checks.append(_replaced(what, alternatives, instead))
-    own = [event for event in _before_separator(events) if from_firmware(event.data)]
+    own = {event.number for event in events[: firmwares(events)] if from_firmware(event.data)}
     for event in foreign:
-        checks.append(_own(event) if event in own else _foreign(event))
+        checks.append(_own(event) if event.number in own else _foreign(event))
     return [*checks, *_order(started, expected), *_rest(events)]
-
-
-def _before_separator(events: Sequence[Event]) -> list[Event]:
-    return list(takewhile(lambda event: event.type != EventType.SEPARATOR, events))
 
 
 def _id(what: str) -> str:
@@ -131,23 +125,26 @@ def _order(started: Sequence[Event], expected: Measurements) -> list[Check]:
 
 
 def _rest(events: Sequence[Event]) -> list[Check]:
-    early = len(_before_separator(events))
+    """What the log calls something else than a program. It may be one nevertheless, unless what was measured shows
+    that it is not."""
+    early = firmwares(events)
     checks = []
     for place, event in enumerate(events):
-        if event.type in (*_HARMLESS, EventType.EFI_BOOT_SERVICES_APPLICATION):
+        if event.type == EventType.EFI_BOOT_SERVICES_APPLICATION or harmless(event):
             continue
         words = f"event of type {event.type:#x}: {text(event)}"
-        if place < early:
+        if place < early and is_words(event):
             checks.append(information("firmware-event-4", "firmware", PCR, words))
             continue
         checks.append(
             differs(
                 "foreign-event-4",
-                "something measured after the firmware",
+                "something measured that is no known program",
                 PCR,
-                expected="nothing but the programs",
-                found=words,
-                meaning="A program that is not the release's wrote into PCR 4, as other boot loaders do.",
+                expected="nothing but the programs, and what firmware is known to say of itself",
+                found=f"{words} {event.digest.hex()}",
+                meaning="A program that is not the release's wrote into PCR 4, as other boot loaders do, or one was "
+                "started and the event log calls it something else.",
                 hint=_HINT,
             )
         )
@@ -156,18 +153,21 @@ def _rest(events: Sequence[Event]) -> list[Check]:
 
 def late_drivers(events: Sequence[Event]) -> list[Check]:
     """Drivers in PCR 2 that were started when the firmware was done: by a boot loader, from the boot partition."""
-    early = len(_before_separator(events))
     return [
         differs(
             "late-driver",
             "EFI driver from outside the firmware",
             DRIVERS,
             expected="no driver after the firmware's own",
-            found=f"{text(event)} {event.digest.hex()}",
+            found=f"{_called(event)}{text(event)} {event.digest.hex()}",
             meaning="A driver was loaded after the firmware had finished, as boot loaders do with those that lie on "
             "the boot partition; the release has none there.",
             hint="look into EFI/systemd/drivers on the boot partition, and at the firmware's driver entries",
         )
-        for event in events[early:]
-        if event.type in _DRIVERS
+        for event in events[firmwares(events) :]
+        if not harmless(event)
     ]
+
+
+def _called(event: Event) -> str:
+    return "" if event.type in _DRIVERS else f"the log calls it an event of type {event.type:#x}: "

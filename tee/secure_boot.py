@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ai_assistant.tee.eventdata import Variable, signatures, subject, text, variable
+from ai_assistant.tee.eventdata import (
+    SEPARATORS,
+    Variable,
+    ends_firmware,
+    firmwares,
+    is_text,
+    signatures,
+    subject,
+    text,
+    variable,
+)
 from ai_assistant.tee.eventlog import Event, EventType
 from ai_assistant.tee.measurements import Measurements, PublishedVariable
 from ai_assistant.tee.report import Check, differs, information, published
 
 PCR = 7
-# The PC Client profile allows both; anything else is the firmware's way to say that it failed.
-SEPARATORS = tuple(hashlib.sha256(data).digest() for data in (b"\0\0\0\0", b"\xff\xff\xff\xff"))
+_DEBUG = b"UEFI Debug Mode"
+_ACTIONS = (_DEBUG, b"DMA Protection Disabled")
 _UNKNOWN = "not known to this firmware"
 _IN_WORDS = {
     "PK": "platform key (PK)",
@@ -21,45 +31,78 @@ _IN_WORDS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Configured:
+    """An event that the log calls the firmware's configuration; ``early`` is before the separator, where only the
+    firmware itself can have measured it."""
+
+    event: Event
+    found: Variable | None
+    early: bool
+
+    @property
+    def good(self) -> bool:
+        return self.early and self.found is not None and self.event.genuine
+
+    def is_of(self, expected: PublishedVariable) -> bool:
+        named = self.found is not None and (self.found.name, self.found.guid) == (expected.name, expected.guid)
+        return named or self.event.digest == expected.digest
+
+
+def _configured(events: Sequence[Event]) -> list[_Configured]:
+    early = firmwares(events)
+    return [
+        _Configured(event, variable(event.data), place < early)
+        for place, event in enumerate(events)
+        if event.type == EventType.EFI_VARIABLE_DRIVER_CONFIG
+    ]
+
+
 def is_on(events: Sequence[Event], expected: Measurements) -> bool:
     """Whether the firmware measured the published state, Secure Boot on."""
     digests = {each.digest for each in expected.variables if each.name == "SecureBoot"}
-    return any(event.digest in digests for event in events if event.pcr == PCR)
+    return any(each.good and each.event.digest in digests for each in _configured(events))
 
 
 def check(events: Sequence[Event], expected: Measurements) -> list[Check]:
-    """Compare the events of PCR 7 with the published ones."""
-    configured = [
-        (event, variable(event.data)) for event in events if event.type == EventType.EFI_VARIABLE_DRIVER_CONFIG
-    ]
+    """Compare the events of PCR 7 with the published ones.
+
+    The log may call an event what it likes. Each has to be what was measured, to be of a kind that belongs into
+    PCR 7, and to stand on its kind's side of the separator: configuration before it, signers after it.
+    """
+    configured = _configured(events)
     setup_mode = any(
-        found is not None and found.name == "PK" and not found.content and event.genuine for event, found in configured
+        each.good and each.found is not None and each.found.name == "PK" and not each.found.content
+        for each in configured
     )
     checks = [_variable(each, configured, setup_mode) for each in expected.variables]
     checks += _authority(events, expected, is_on(events, expected))
-    known = {each.name for each in expected.variables}
-    for event, found in configured:
-        if found is not None and found.name not in known:
-            checks.append(information(f"variable-{found.name}", _others(found), PCR, _content(found, event)))
+    for each in configured:
+        if any(each.is_of(published) for published in expected.variables):
+            continue
+        if each.good and each.found is not None:
+            name = f"variable-{each.found.name}"
+            checks.append(information(name, _others(each.found), PCR, _content(each)))
+        else:
+            checks.append(_foreign(each.event))
     return [*checks, *_actions(events), *_separator(events)]
 
 
-def _variable(
-    expected: PublishedVariable, configured: Sequence[tuple[Event, Variable | None]], setup_mode: bool
-) -> Check:
-    named = [
-        (event, found)
-        for event, found in configured
-        if (found is not None and (found.name, found.guid) == (expected.name, expected.guid))
-        or event.digest == expected.digest
-    ]
-    wrong = [(event, found) for event, found in named if event.digest != expected.digest]
+def _variable(expected: PublishedVariable, configured: Sequence[_Configured], setup_mode: bool) -> Check:
+    named = [each for each in configured if each.is_of(expected)]
+    wrong = [each for each in named if not each.good or each.event.digest != expected.digest]
+    if len(named) > 1:  # which one counts, nobody can tell
+        wrong = named
     name = "secure-boot" if expected.name == "SecureBoot" else expected.name.lower()
     component = _IN_WORDS.get(expected.name, "Secure Boot" if name == "secure-boot" else expected.name)
     if named and not wrong:
         return published(name, component, PCR, "on" if name == "secure-boot" else "the published keys")
-    found = "; ".join(_content(variable, event) for event, variable in wrong[:4]) or "nothing was measured"
+    found = "; ".join(_content(each) for each in wrong[:4]) or "nothing was measured"
+    if len(named) > 1:
+        found = f"measured {len(named)} times: {found}"
     if name == "secure-boot":
+        if any(each.event.digest == expected.digest for each in named):
+            return _unproven(name, component, found)
         return _off(name, component, found, setup_mode)
     return differs(
         name,
@@ -71,6 +114,19 @@ def _variable(
         "the release's keys: what the firmware admits is not what the release expects.",
         hint="in the firmware setup, put Secure Boot into setup mode (clear the keys) and boot the image again: it "
         "enrols its own keys",
+    )
+
+
+def _unproven(name: str, component: str, found: str) -> Check:
+    return differs(
+        name,
+        component,
+        PCR,
+        expected="on, measured once, by the firmware before it started anything",
+        found=found,
+        meaning="Nothing shows that Secure Boot was on: a program that was started with Secure Boot off could have "
+        "measured this itself, and the event log tells it as if it were the firmware's.",
+        hint="look whether Secure Boot is on in the firmware setup; boot again, and take log and values anew",
     )
 
 
@@ -97,10 +153,14 @@ def _off(name: str, component: str, found: str, setup_mode: bool) -> Check:
     return differs(name, component, PCR, expected="on", found=found, meaning=meaning, hint=hint)
 
 
-def _content(found: Variable | None, event: Event) -> str:
-    if not event.genuine:
+def _content(configured: _Configured) -> str:
+    event, found = configured.event, configured.found
+    if not event.genuine or found is None:
         return f"measured as {event.digest.hex()}, but the log's text about it is not what was measured"
-    assert found is not None
+    return _value(event, found) + ("" if configured.early else ", measured after the firmware was done")
+
+
+def _value(event: Event, found: Variable) -> str:
     if found.name == "SecureBoot":
         return {b"": _UNKNOWN, b"\0": "off", b"\1": "on"}.get(found.content, "neither on nor off")
     if not found.content:
@@ -119,7 +179,10 @@ def _others(found: Variable) -> str:
 def _authority(events: Sequence[Event], expected: Measurements, on: bool) -> list[Check]:
     component = "signer of what was started"
     used = [event for event in events if event.type == EventType.EFI_VARIABLE_AUTHORITY]
-    foreign = [event for event in used if event.digest not in expected.authority]
+    early = {event.number for event in events[: firmwares(events)]}
+    foreign = [
+        event for event in used if event.digest not in expected.authority or not event.genuine or event.number in early
+    ]
     if not used and not on:
         return []
     if used and not foreign:
@@ -150,32 +213,58 @@ def _signer(event: Event) -> str:
 
 
 def _actions(events: Sequence[Event]) -> list[Check]:
+    """All that is neither configuration, nor a signer, nor the separator."""
     checks = []
     for event in events:
-        if event.type != EventType.EFI_ACTION:
+        if event.type in _KINDS or ends_firmware(event):
             continue
-        said = text(event)
-        if event.genuine and said == "UEFI Debug Mode":
+        if event.type != EventType.EFI_ACTION or not event.genuine or not is_text(event, *_ACTIONS):
+            checks.append(_foreign(event))
+        elif is_text(event, _DEBUG):
             checks.append(
                 differs(
                     "firmware-debug",
                     "firmware",
                     PCR,
                     expected="no debugger",
-                    found=said,
+                    found=text(event),
                     meaning="The firmware was started with its debugger on: whoever is attached to it can change "
                     "everything that follows.",
                     hint="switch the debugger off in the firmware setup, or ask the maker of the board",
                 )
             )
         else:
-            checks.append(information("firmware-action", "firmware", PCR, said))
+            checks.append(information("firmware-action", "firmware", PCR, text(event)))
     return checks
 
 
+_KINDS = (EventType.EFI_VARIABLE_DRIVER_CONFIG, EventType.EFI_VARIABLE_AUTHORITY, EventType.SEPARATOR)
+
+
+def _foreign(event: Event) -> Check:
+    words = "" if event.genuine else ", but the log's text about it is not what was measured"
+    return differs(
+        "foreign-event-7",
+        "something else measured as Secure Boot",
+        PCR,
+        expected="the configuration, one separator, then signers",
+        found=f"event of type {event.type:#x}: {text(event)} {event.digest.hex()}{words}",
+        meaning="PCR 7 holds what does not belong there, or what the event log calls by another name: a forged log can "
+        "hide a boot with Secure Boot off in this way.",
+        hint="boot again and take log and values anew; if it stays, look for newer firmware of the board, and do not "
+        "trust this machine",
+    )
+
+
 def _separator(events: Sequence[Event]) -> list[Check]:
-    found = [event for event in events if event.type == EventType.SEPARATOR]
-    if len(found) == 1 and found[0].digest in SEPARATORS:
+    found = [event for event in events if event.type == EventType.SEPARATOR or ends_firmware(event)]
+    if len(found) != 1:
+        words = f"{len(found) or 'no'} separators"
+    elif found[0].type != EventType.SEPARATOR or not found[0].genuine:
+        words = "a separator that the log tells something else of"
+    elif found[0].data not in SEPARATORS:
+        words = "a separator that reports an error"
+    else:
         return []
     return [
         differs(
@@ -183,7 +272,7 @@ def _separator(events: Sequence[Event]) -> list[Check]:
             "firmware",
             PCR,
             expected="one separator between the firmware and what it starts",
-            found=f"{len(found)} separators" if len(found) != 1 else "a separator that reports an error",
+            found=words,
             meaning="The firmware failed while it measured Secure Boot, or somebody else wrote into PCR 7.",
             hint="boot again; if it stays, look for newer firmware of the board",
         )

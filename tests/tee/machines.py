@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class World:
         self.root = root
         self.ran: list[list[str]] = []
         self.mount: Callable[[Path], object] | None = None
+        self.umount: Callable[[Sequence[str]], object] | None = None
         found = boots.measure(boot or Boot())
         for pcr, value in found.pcrs.items():
             self.write(f"sys/class/tpm/tpm0/pcr-sha256/{pcr}", value.hex().upper().encode() + b"\n")
@@ -69,6 +71,11 @@ class World:
             return TABLE
         if command[0] == "mount" and self.mount is not None:
             self.mount(Path(command[-1]))
+        if command[0] == "umount":
+            if self.umount is not None:
+                self.umount(command)
+            for path in Path(command[-1]).iterdir():
+                shutil.rmtree(path)
         return ""
 
     def machine(self, *, superuser: bool = True) -> Machine:

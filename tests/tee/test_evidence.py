@@ -6,6 +6,7 @@ import fcntl
 import shutil
 import subprocess
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,27 @@ def test_a_boot_partition_that_cannot_be_mounted_is_named(tmp_path: Path) -> Non
     with pytest.raises(NoMeasurements, match="nvme0n1p1 cannot be mounted"):
         world.machine().published()
     assert list((tmp_path / "run").glob("ai-assistant-esp-*")) == []
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_boot_partition_that_stays_mounted_is_not_emptied(tmp_path: Path, lazy: bool) -> None:
+    world = World(tmp_path, mounts=MOUNTS[:1])
+
+    def umount(command: Sequence[str]) -> None:
+        if not lazy or "--lazy" not in command:
+            raise subprocess.CalledProcessError(32, "umount")
+
+    world.mount, world.umount = world.publish, umount
+    if lazy:
+        assert [each.raw for each in world.machine().published()] == [boots.published()]
+    else:
+        with pytest.raises(NoMeasurements, match="stays mounted at") as caught:
+            world.machine().published()
+        assert caught.value.hint.startswith("umount ")
+    assert [command[:-1] for command in world.ran[1:]] == [["umount"], ["umount", "--lazy"]]
+    left = [path.name for path in (tmp_path / "run").rglob("ai-assistant-esp-*/loader/*/*.json")]
+    assert left == ([] if lazy else ["measurements-0.1.0.json"])
+    assert bool(list((tmp_path / "run").glob("ai-assistant-esp-*"))) is not lazy
 
 
 def other(**changes: Any) -> Published:

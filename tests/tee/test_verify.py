@@ -11,13 +11,26 @@ from typing import Any
 import pytest
 
 from ai_assistant.tee import measurements
-from ai_assistant.tee.eventlog import parse, parse_pcrs, parse_userspace
+from ai_assistant.tee.eventlog import Event, EventLog, parse, parse_pcrs, parse_userspace
 from ai_assistant.tee.measurements import Measurements
 from ai_assistant.tee.report import Check, Report, Verdict
 from ai_assistant.tee.running import Root, Running
 from ai_assistant.tee.verify import verify
 from tests.tee import boots
-from tests.tee.boots import COMMAND_LINE, IMAGE, LOADER, PHASES, ROOT_HASH, SECTIONS, SHELL, UKI, Boot, Program, sha256
+from tests.tee.boots import (
+    COMMAND_LINE,
+    DATABASE,
+    IMAGE,
+    LOADER,
+    PHASES,
+    ROOT_HASH,
+    SECTIONS,
+    SHELL,
+    UKI,
+    Boot,
+    Program,
+    sha256,
+)
 
 DATA = Path(__file__).parent / "data"
 TABLE = (
@@ -326,8 +339,23 @@ def test_values_that_were_extended_from_the_running_system() -> None:
     [
         (4, boots.IPL, b"grub", "foreign-event-4"),
         (7, boots.SEPARATOR, b"\1\0\0\0", "separator-7"),
-        (7, boots.CONFIG, b"nonsense", None),
+        (7, boots.CONFIG, b"nonsense", "foreign-event-7"),
+        (7, boots.CONFIG, boots.variable_data("dbx", b""), "foreign-event-7"),
+        (7, boots.CONFIG, boots.variable_data("SecureBoot", b"\1"), "secure-boot"),
+        (7, boots.AUTHORITY, b"nonsense", "authority"),
+        (7, boots.ACTION, b"Firmware Configuration", "foreign-event-7"),
+        (7, boots.ACTION, b"DMA Protection Disabled", None),
+        (7, boots.IPL, b"grub", "foreign-event-7"),
         (4, boots.ACTION, b"Returning from EFI Application from Boot Option", None),
+        (4, boots.ACTION, b"Calling EFI Application from Boot Option\0", None),
+        (4, boots.ACTION, b"Starting something", "foreign-event-4"),
+        (4, 0x12, b"BOOT ATTEMPTS OMITTED", None),
+        (4, 0x12, b"nothing", "foreign-event-4"),
+        (4, boots.SEPARATOR, bytes(4), None),
+        (4, boots.SEPARATOR, b"evil", "foreign-event-4"),
+        (2, boots.SEPARATOR, bytes(4), None),
+        (2, boots.ACTION, b"anything", "late-driver"),
+        (2, boots.TAG, b"anything", "late-driver"),
         (1, 0x7FFFFFFF, b"anything", None),
     ],
 )
@@ -338,6 +366,129 @@ def test_other_events_after_the_firmware(pcr: int, kind: int, data: bytes, diffe
         tpm.extend(11, sha256(phase.encode()))
     report = verify(parse(tpm.log), None, tpm.pcrs, expected())
     assert set(wrong(report)) == ({differing} if differing else set())
+
+
+# A firmware of its own for forgeries: what the TPM holds, and what a log makes of it.
+EVIL = Program("\\evil.efi", sha256(b"evil"))
+CALLING = b"Calling EFI Application from Boot Option"
+
+
+def off_and_repeated() -> list[Event]:
+    """What the TPM got, in order, when a hostile program was started with Secure Boot off and then extended all that
+    is published. Nobody can take any of these digests back."""
+    good = parse(boots.measure(Boot()).log)
+    off = parse(boots.measure(Boot(secure_boot=False, programs=(EVIL,), sections={}, phases=())).log)
+    loaded = [event for event in off.of(4) if event.digest != boots.KERNEL.digest]
+    got = [event for event in off.events if event.pcr not in (4, 7)] + list(off.of(7)) + loaded
+    got += [event for event in good.of(7) if event.type in (boots.CONFIG, boots.AUTHORITY)]
+    got += [event for event in good.of(4) if event.type == boots.APPLICATION]
+    got += good.of(11)
+    return [replace(event, number=number) for number, event in enumerate(got, 1)]
+
+
+def forged(told: list[Event], got: list[Event]) -> Report:
+    """The verdict about a log that tells these events, in which the digests are those that the TPM got."""
+    assert [(event.pcr, event.digest) for event in told] == [(event.pcr, event.digest) for event in got]
+    pcrs = dict.fromkeys(range(24), bytes(32))
+    for event in got:
+        pcrs[event.pcr] = sha256(pcrs[event.pcr], event.digest)
+    said = parse_userspace(b"".join(boots.system_record(11, phase.encode()) for phase in PHASES))
+    for each in said:
+        pcrs[11] = sha256(pcrs[11], each.digest)
+    report = verify(EventLog(tuple(told)), said, pcrs, expected())
+    assert "leads to the TPM's values" in next(check.found for check in report.checks if check.id == "event-log")
+    assert not {f"event-log-{pcr}" for pcr in (2, 4, 7, 11)} & set(wrong(report))
+    return report
+
+
+SEPARATOR = sha256(bytes(4))
+LIES: dict[str, tuple[int | None, bytes | None]] = {
+    # What the log calls the events that give it away, and the data that it tells of them.
+    "no lie": (None, None),
+    "an action, other words": (boots.ACTION, b"Firmware Configuration"),
+    "an action, known words": (boots.ACTION, CALLING),
+    "an action, known words of PCR 7": (boots.ACTION, b"DMA Protection Disabled"),
+    "an action, true data": (boots.ACTION, None),
+    "a separator": (boots.SEPARATOR, bytes(4)),
+    "boot devices left out": (0x12, b"BOOT ATTEMPTS OMITTED"),
+    "a tag": (boots.TAG, b""),
+    "a variable, true data": (boots.CONFIG, None),
+    "a variable of another name": (boots.CONFIG, boots.variable_data("dbt", b"", DATABASE)),
+    "a boot variable": (boots.BOOT, None),
+    "a signer": (boots.AUTHORITY, None),
+    "a signer, other data": (boots.AUTHORITY, boots.admission("release")),
+    "a driver": (boots.DRIVER, boots.image_event(None)),
+    "a program of the firmware": (boots.APPLICATION, boots.image_event(None, firmware=True)),
+    "a type that nobody knows": (0x7FFFFFFF, b""),
+}
+
+
+@pytest.mark.parametrize("separator", ["told", "hidden"])
+@pytest.mark.parametrize("lie", LIES)
+def test_no_other_name_hides_secure_boot_off_or_a_program(lie: str, separator: str) -> None:
+    kind, data = LIES[lie]
+    got = off_and_repeated()
+    published = {event.digest for event in parse(boots.measure(Boot()).log).events}
+
+    def tell(event: Event) -> Event:
+        gives_away = event.pcr in (4, 7) and event.digest not in published
+        if not gives_away and not (separator == "hidden" and event.pcr in (4, 7) and event.digest == SEPARATOR):
+            return event
+        return replace(event, type=event.type if kind is None else kind, data=event.data if data is None else data)
+
+    report = forged([tell(event) for event in got], got)
+    found = wrong(report)
+    assert {each.pcr for each in found.values()} >= {4, 7}
+    assert "Nothing shows that Secure Boot was on" in found["secure-boot"].meaning
+    assert EVIL.digest.hex() in "".join(check.found for check in report.differences if check.pcr == 4)
+    # The rest of the forgery holds: only what was relabelled gives it away.
+    assert "uki-contents" not in found
+
+
+def test_the_firmwares_separator_cannot_be_moved_behind_a_program() -> None:
+    """Called a program of the firmware, with a second one after the hostile program."""
+    got = off_and_repeated()
+    evil = next(place for place, event in enumerate(got) if event.digest == EVIL.digest)
+    got.insert(evil + 1, Event(1000, 4, boots.SEPARATOR, SEPARATOR, bytes(4)))
+    own = boots.image_event(None, firmware=True)
+    told = [
+        replace(event, type=boots.APPLICATION, data=own)
+        if event.pcr == 4 and place <= evil and event.data != CALLING
+        else event
+        for place, event in enumerate(got)
+    ]
+    found = [check.found for check in forged(told, got).differences if check.id == "foreign-program"]
+    assert any(EVIL.digest.hex() in each for each in found)
+    assert any(SEPARATOR.hex() in each for each in found)
+
+
+@pytest.mark.parametrize("kind", [boots.ACTION, boots.TAG, boots.SEPARATOR, boots.APPLICATION])
+def test_no_other_name_hides_a_late_driver(kind: int) -> None:
+    driver = Program("\\EFI\\systemd\\drivers\\evilx64.efi", sha256(b"driver"))
+    measured = boots.measure(Boot(late_drivers=(driver,)))
+    log = parse(measured.log)
+    told = tuple(replace(e, type=kind, data=bytes(4)) if e.digest == driver.digest else e for e in log.events)
+    report = verify(replace(log, events=told), parse_userspace(measured.system_log), measured.pcrs, expected())
+    assert set(wrong(report)) == {"late-driver"}
+    assert driver.digest.hex() in wrong(report)["late-driver"].found
+
+
+def test_published_digests_beside_other_data_are_a_difference() -> None:
+    """Who tells another story about a published digest has something to hide, or a broken firmware."""
+    measured = boots.measure(Boot())
+    log = parse(measured.log)
+    for event in log.of(7):
+        told = tuple(replace(e, data=b"x") if e is event else e for e in log.events)
+        report = verify(replace(log, events=told), parse_userspace(measured.system_log), measured.pcrs, expected())
+        # Without Secure Boot, the kernel should have been among the programs.
+        proven = event.data != boots.variable_data("SecureBoot", b"\1")
+        assert {check.pcr for check in report.differences} == ({7} if proven else {4, 7}), event
+
+
+def test_a_firmware_without_separators_is_a_difference() -> None:
+    log = parse(boots.measure(Boot()).log)
+    got = [event for event in log.events if event.type != boots.SEPARATOR and event.pcr in (2, 4, 7, 11)]
+    assert {"separator-7", "secure-boot", "late-driver"} <= set(wrong(forged(got, got)))
 
 
 @pytest.mark.parametrize(
@@ -420,6 +571,8 @@ def test_every_id_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "verify-boot.md").read_text()
     reports = [judge(system=RUNNING), judge(log=False), *(judge(boot) for boot, _ in TAMPERED.values())]
     reports += [altered(pcr) for pcr in range(16)]
+    got = off_and_repeated()
+    reports.append(forged([replace(event, type=boots.ACTION) if event.pcr in (4, 7) else event for event in got], got))
     for name in {check.id for report in reports for check in report.checks}:
         general = re.sub(r"^section\..*", "section.NAME", re.sub(r"^variable-.*", "variable-NAME", name))
         assert f"`{general}`" in page or f"`{re.sub(r'[0-9]+$', 'N', general)}`" in page
