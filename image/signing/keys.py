@@ -8,6 +8,8 @@ A set is three roles. The public halves are inputs of the build, the private one
 
 A private half is ROLE.key (PEM), or ROLE.uri with one line ``pkcs11:...`` for a key that never leaves its token;
 with pcr.uri goes pcr.crt, a certificate for pcr.pub, which systemd-measure then asks for.
+
+A set that is not a generated TEST set signs images of one profile only: the one that the file `profile` names.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from image.signing.errors import KeySetError, SigningError, ToolError
 # A test key must outlive the machines that were tried with it.
 TEST_KEY_DAYS = 20 * 366
 TEST_KEY_NAME = "AI Assistant OS generated TEST key"
+PROFILE = "profile"
+_MAX_PROFILE = 100
 PUBLIC = {"secure-boot": "secure-boot.crt", "pcr": "pcr.pub", "release": "release.pub"}
 
 
@@ -174,6 +178,49 @@ def load(where: Path, *, private: bool = True) -> KeySet | None:
     for key in keys.values():
         _check_pair(key)
     return KeySet(where, keys["secure-boot"], keys["pcr"], keys["release"])
+
+
+def is_test(keyset: KeySet) -> bool:
+    """Whether the set was generated here: the secure-boot certificate has the name that `generate` gives."""
+    name = openssl("x509", "-in", keyset.secure_boot.public, "-noout", "-subject", "-nameopt", "RFC2253")
+    return name.decode(errors="replace").strip() == f"subject=CN={TEST_KEY_NAME} (secure-boot)"
+
+
+def check_profile(keyset: KeySet, profile: str) -> None:
+    """That a set may sign images of a profile.
+
+    A machine's TPM opens its data to whatever these keys have signed. A test image does what anybody tells it, and a
+    developer image lets its user in: signed with the keys of production machines, each would open their disks.
+
+    Raises:
+        KeySetError: it may not.
+    """
+    path = keyset.folder / PROFILE
+    try:
+        with path.open("rb") as file:
+            said = file.read(_MAX_PROFILE).decode(errors="replace").strip()
+    except FileNotFoundError:
+        said = None
+    test = is_test(keyset)
+    if profile == "test" and not test:
+        raise KeySetError(
+            f"a test image is signed with generated TEST keys only, and {keyset.secure_boot.public} is none",
+            "name a folder for test keys: AI_ASSISTANT_KEYS=FOLDER for image/keys, image/build and image/sign",
+        )
+    if said is None and test:
+        return
+    if said is None:
+        raise KeySetError(
+            f"{keyset.folder} does not say images of which profile its keys sign",
+            f"if they are those of {profile} machines alone: echo {profile} >{path}; docs/signing.md tells why",
+        )
+    if said not in ("developer", "production", *(["test"] if test else [])):
+        raise KeySetError(f"{path} names no profile", "one word: production or developer")
+    if said != profile:
+        raise KeySetError(
+            f"the keys in {keyset.folder} sign {said} images, not {profile} ones",
+            f"AI_ASSISTANT_KEYS= or --keys names a set for {profile}; an image is built with the keys that sign it",
+        )
 
 
 def _certificate(where: Path, role: str) -> None:

@@ -254,7 +254,12 @@ RESULTS = ("efi", "manifest", "measurements.json", "measurements.json.sig", "sbo
 
 
 def sign(name: Name, unsigned: Path, output: Path, keyset: KeySet) -> Path:
-    """Sign one image and return where it is."""
+    """Sign one image and return where it is.
+
+    Raises:
+        KeySetError: not with these keys; among others.
+    """
+    keys.check_profile(keyset, name.profile)
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".signing.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

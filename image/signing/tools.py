@@ -79,12 +79,17 @@ def run(
     return done.stdout
 
 
-def frozen_clock() -> dict[str, str]:
-    """An environment in which a program believes that it is the image's time, so that signing twice gives the same."""
-    for library in sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")):
-        time = datetime.fromtimestamp(epoch(), UTC).strftime("%Y-%m-%d %H:%M:%S")
-        return {"LD_PRELOAD": str(library), "FAKETIME": time, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    return {}
+def frozen_clock(libraries: Path = Path("/usr/lib")) -> dict[str, str]:
+    """An environment in which a program believes that it is the image's time, so that signing twice gives the same.
+
+    Raises:
+        ToolError: libfaketime is not there.
+    """
+    found = sorted(libraries.glob("*/faketime/libfaketime.so.1"))
+    if not found:
+        raise ToolError("libfaketime is not there", "run it in the tools tree: image/sign does")
+    time = datetime.fromtimestamp(epoch(), UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return {"LD_PRELOAD": str(found[0]), "FAKETIME": time, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 def _anonymous(content: bytes) -> int:

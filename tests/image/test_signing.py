@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from image.signing import keys, measure, tools, variables
-from image.signing.errors import ImageError, KeySetError, SigningError
+from image.signing.errors import ImageError, KeySetError, SigningError, ToolError
 from image.signing.esp import ESP_TYPE, parse
 from image.signing.keys import Key
 from image.signing.pe import PE
@@ -218,6 +218,15 @@ def test_a_token_without_a_module_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("PKCS11_PROVIDER_MODULE", raising=False)
     with pytest.raises(KeySetError, match="no PKCS#11 module"), tools.usable(in_token(tmp_path, "pkcs11:object=o")):
         pass
+
+
+def test_without_the_library_that_stops_the_clock_nothing_is_signed(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="libfaketime is not there"):
+        tools.frozen_clock(tmp_path)
+    library = tmp_path / "x86_64-linux-gnu" / "faketime" / "libfaketime.so.1"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert tools.frozen_clock(tmp_path)["LD_PRELOAD"] == str(library)
 
 
 def test_an_error_has_a_name_and_a_hint() -> None:

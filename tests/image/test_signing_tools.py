@@ -23,7 +23,7 @@ from image.signing.errors import ImageError, KeySetError, NoSpaceError, SigningE
 from image.signing.esp import ESP
 from image.signing.keys import KeySet
 from image.signing.pe import PE
-from image.signing.sign import LOADERS, RESULTS, Name, sign
+from image.signing.sign import LOADERS, PROFILES, RESULTS, Name, sign
 from image.signing.tools import frozen_clock, run
 
 pytestmark = pytest.mark.tools
@@ -318,6 +318,58 @@ def test_keys_that_do_not_belong_together_are_refused(original: Unsigned, tmp_pa
     with pytest.raises(KeySetError, match="half a key set"):
         keys.load(where)
     assert keys.load(where, private=False) is not None
+
+
+def owned(folder: Path, name: str = "AI Assistant OS production") -> KeySet:
+    """A set that is not of test keys, by its certificate's name."""
+    made, _ = keys.ensure(folder)
+    crt, key = made.secure_boot.public, str(made.secure_boot.private)
+    keys.openssl("req", "-new", "-x509", "-key", key, "-subj", f"/CN={name}", "-days", "9", "-out", crt)
+    found = keys.load(folder)
+    assert found is not None
+    return found
+
+
+def test_test_keys_sign_every_profile(original: Unsigned, tmp_path: Path) -> None:
+    for profile in PROFILES:
+        keys.check_profile(original.keys, profile)
+    made, _ = keys.ensure(tmp_path / "keys")
+    (made.folder / "profile").write_text("test\n")  # unless their owner wants it otherwise
+    keys.check_profile(made, "test")
+    with pytest.raises(KeySetError, match="sign test images, not production ones"):
+        keys.check_profile(made, "production")
+
+
+def test_other_keys_sign_the_profile_that_their_owner_wrote_and_no_other(tmp_path: Path) -> None:
+    found = owned(tmp_path / "keys")
+    for profile in ("developer", "production"):
+        with pytest.raises(KeySetError, match="does not say images of which profile") as caught:
+            keys.check_profile(found, profile)
+        assert f"echo {profile} >" in caught.value.hint
+    (found.folder / "profile").write_text("production\n")
+    keys.check_profile(found, "production")
+    with pytest.raises(KeySetError, match="sign production images, not developer ones"):
+        keys.check_profile(found, "developer")
+
+
+@pytest.mark.parametrize("words", ["", "test", "production developer", "Production", "p" * 10_000, "\0", "\xff"])
+def test_a_profile_that_is_none_is_named(tmp_path: Path, words: str) -> None:
+    found = owned(tmp_path / "keys")
+    (found.folder / "profile").write_bytes(words.encode("latin-1"))
+    with pytest.raises(KeySetError, match="names no profile"):
+        keys.check_profile(found, "production")
+
+
+@pytest.mark.parametrize("name", ["AI Assistant OS production", f"not an {keys.TEST_KEY_NAME}", keys.TEST_KEY_NAME])
+def test_a_test_image_is_signed_with_test_keys_only(unsigned: Unsigned, tmp_path: Path, name: str) -> None:
+    found = owned(tmp_path / "keys", name)
+    for said in (None, "production", "test"):
+        if said:
+            (found.folder / "profile").write_text(said)
+        with pytest.raises(KeySetError, match="generated TEST keys only") as caught:
+            sign(NAME, unsigned.folder, tmp_path / "output", found)
+        assert "AI_ASSISTANT_KEYS" in caught.value.hint
+    assert not (tmp_path / "output").exists()
 
 
 # Keys in a token
