@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def test_state_is_encrypted_and_etc_is_writable(machine: VM) -> None:
     assert tokens.count(": luks2") == 2, tokens
 
 
+def test_the_machine_has_an_identity(machine: VM) -> None:
+    identity = machine.run("cat", "/etc/machine-id").strip()
+    assert re.fullmatch("[0-9a-f]{32}", identity)
+    assert identity == machine.run("cat", "/run/machine-id").strip()
+    assert identity in machine.run("hostnamectl")
+
+
 def test_the_other_slot_is_there(machine: VM) -> None:
     labels = machine.run("lsblk", "--noheadings", "--output", "PARTLABEL", "/dev/vda").split()
     assert labels.count("_empty") == 2, labels
@@ -86,7 +94,10 @@ def test_the_next_day(machine: VM) -> None:
     """The second boot: the TPM opens /var, everything is where it was, and the key has been written down."""
     machine.run("touch", "/var/lib/kept")
     identity = machine.run("cat", "/etc/machine-id", RECOVERY_KEY)
-    machine.cold_boot()
+    machine.power_off()
+    assert "[FAILED]" not in machine.console.text
+    machine.power_on()
+    machine.wait_ready()
     said = storage(machine)
     assert (said["encryption"], said["opened_by"], said["first_boot"]) == ("tpm2", "tpm2", False), said
     assert machine.run("cat", "/etc/machine-id", RECOVERY_KEY) == identity
