@@ -29,7 +29,8 @@ class _Collected:
             if event.text:
                 self._parts.append(event.text)
             return event.text
-        self._finished = event
+        if isinstance(event, Finished):
+            self._finished = event
         return ""
 
     @property

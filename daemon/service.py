@@ -88,7 +88,7 @@ class DaemonService:
                 async for event in events:
                     if isinstance(event, Chunk):
                         tokens += 1
-                    else:
+                    elif isinstance(event, Finished):
                         finished = True
                         self._account(event)
                     yield event

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -16,6 +16,16 @@ from ai_assistant.errors import InvalidArgument
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_REGEX = 4096
+"""Characters of a regular expression that an answer must match."""
+
+
+class Priority(StrEnum):
+    """Who goes first where requests wait; within one, first come, first served."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
 
 
 class FinishReason(StrEnum):
@@ -37,6 +47,8 @@ class GenerateRequest:
     """none | auto | required | the name of one function."""
     response_schema: Mapping[str, Any] | None = None
     """A JSON schema that the whole answer must match; {} means any JSON object."""
+    response_regex: str | None = None
+    """A regular expression that the whole answer must match; not together with a schema."""
     max_tokens: int | None = None
     """None: until the model stops or its context is full."""
     stop: tuple[str, ...] = ()
@@ -47,8 +59,22 @@ class GenerateRequest:
     top_k: int = 0
     """0 is off."""
     min_p: float = 0.0
+    typical_p: float = 1.0
+    """1 is off."""
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repeat_penalty: float = 1.0
+    """Divides the logits of tokens among the last `repeat_last_n`, prompt included; 1 is off."""
+    repeat_last_n: int = 64
+    mirostat: int = 0
+    """0 off, else version 1 or 2, which replaces top-k, top-p, min-p and typical-p."""
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    logit_bias: Mapping[str, float] = field(default_factory=dict)
+    """Token number, as text, to what is added to its logit: −100 to 100."""
+    priority: str = Priority.INTERACTIVE
+    ignore_eos: bool = False
+    """Generate until max_tokens whatever the model says; for measurements."""
     logprobs: int | None = None
     """None: off; n: each token's log-probability and the n likeliest alternatives (0–20)."""
 
@@ -66,6 +92,14 @@ class GenerateRequest:
                 raise InvalidArgument(f"{name} must be between {low} and {high}, not {value}", param=name)
         if len(self.stop) > MAX_STOPS or any(not each for each in self.stop):
             raise InvalidArgument(f"stop takes at most {MAX_STOPS} non-empty strings", param="stop")
+        if self.response_regex is not None and self.response_schema is not None:
+            raise InvalidArgument("give a schema or a regular expression, not both", param="response_regex")
+        if self.response_regex is not None and len(self.response_regex) > MAX_REGEX:
+            raise InvalidArgument(f"response_regex takes at most {MAX_REGEX} characters", param="response_regex")
+        if self.priority not in tuple(Priority):
+            raise InvalidArgument("priority must be interactive or batch", param="priority")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise InvalidArgument(f"logit_bias takes at most {MAX_BIASES} tokens", param="logit_bias")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -90,7 +124,8 @@ class GenerateRequest:
         out: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)
-            if value != each.default:
+            default = each.default_factory() if each.default_factory is not MISSING else each.default
+            if value != default:
                 out[each.name] = list(value) if isinstance(value, tuple) else value
         return out
 
@@ -102,12 +137,24 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("top_p", 0.0, 1.0),
     ("top_k", 0, 1_000_000),
     ("min_p", 0.0, 1.0),
+    ("typical_p", 0.0, 1.0),
+    ("repeat_penalty", 0.01, 10.0),
+    ("repeat_last_n", 0, 65_536),
+    ("mirostat", 0, 2),
+    ("mirostat_tau", 0.0, 100.0),
+    ("mirostat_eta", 0.0, 1.0),
     ("frequency_penalty", -2.0, 2.0),
     ("presence_penalty", -2.0, 2.0),
     ("logprobs", 0, MAX_LOGPROBS),
 )
-_INTEGERS = frozenset({"max_tokens", "seed", "top_k", "logprobs"})
-_FLOATS = frozenset({"temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty"})
+_INTEGERS = frozenset({"max_tokens", "seed", "top_k", "logprobs", "repeat_last_n", "mirostat"})
+_FLOATS = frozenset(
+    {
+        "temperature", "top_p", "min_p", "typical_p", "frequency_penalty", "presence_penalty", "repeat_penalty",
+        "mirostat_tau", "mirostat_eta",
+    }
+)  # fmt: skip
+_TEXTS = ("prompt", "tool_choice", "response_regex", "priority")
 
 
 def _checked(key: str, value: Any) -> Any:
@@ -119,7 +166,13 @@ def _checked(key: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InvalidArgument(f"{key} must be a number", param=key)
         return float(value)
-    if key in ("prompt", "tool_choice"):
+    if key == "ignore_eos":
+        if not isinstance(value, bool):
+            raise InvalidArgument("ignore_eos must be true or false", param=key)
+        return value
+    if key == "logit_bias":
+        return _biases(value)
+    if key in _TEXTS:
         if not isinstance(value, str):
             raise InvalidArgument(f"{key} must be a string", param=key)
         return value
@@ -135,6 +188,19 @@ def _checked(key: str, value: Any) -> Any:
             kind = "a string" if wanted is str else "an object"
             raise InvalidArgument(f"{key}[{index}] must be {kind}", param=f"{key}[{index}]")
     return tuple(value)
+
+
+def _biases(value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise InvalidArgument("logit_bias must be an object", param="logit_bias")
+    for token, bias in value.items():
+        path = f"logit_bias.{str(token)[:20]}"
+        # isdecimal: int() would take signs, spaces and underscores as well.
+        if not isinstance(token, str) or not token.isascii() or not token.isdecimal() or len(token) > 9:
+            raise InvalidArgument("logit_bias names tokens by their number", param=path)
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise InvalidArgument("a bias must be between -100 and 100", param=path)
+    return {token: float(bias) for token, bias in value.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +250,42 @@ class Finished:
     tool_calls: tuple[ToolCall, ...] = ()
 
 
-Event = Chunk | Finished
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The generation waits for a place: how many are before it, and when it may begin (None: nobody knows).
+
+    Comes first if at all, and again when the position has changed, at most once a second.
+    """
+
+    position: int
+    eta_s: float | None = None
+
+
+Event = Chunk | Finished | Queued
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What a loaded model does right now; totals count from its load."""
+
+    running: int = 0
+    waiting: int = 0
+    sequences: int = 0
+    kv_cells: int = 0
+    """Tokens that the cache has room for."""
+    kv_used: int = 0
+    prefix_hits: int = 0
+    """Prompts of which something was in the cache."""
+    prefix_tokens: int = 0
+    """Tokens that were not read again for that."""
+    spilled_bytes: int = 0
+    restored: int = 0
+    """Conversations whose state came back from memory or disk."""
+    draft_tokens: int = 0
+    draft_accepted: int = 0
+    prefill_tokens_per_s: float = 0.0
+    """Of the last seconds in which there was any, like the next."""
+    decode_tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +302,9 @@ class ModelInfo:
     has_chat_template: bool
     can_embed: bool
     name: str = ""
+    can_generate: bool = True
+    can_rerank: bool = False
+    can_classify: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +319,18 @@ class LoadOptions:
     batch_tokens: int = 512
     """Tokens per decode step."""
     memory_limit_bytes: int = 0
+    kv_type: str = "auto"
+    """Elements of the KV cache: f16, q8_0, q4_0, or auto: the best that the memory allows."""
+    kv_limit_bytes: int = 0
+    """What the KV cache may take at most; auto and a context_length of 0 keep to it."""
+    repack: bool = True
+    """Whether the CPU may copy weights into a faster layout, which costs their size once more."""
+    speculative: str = "auto"
+    """off, lookup (guess from the prompt), draft (by the draft model), or auto: what measures faster."""
+    spill_memory_bytes: int = 0
+    """States of idle conversations kept in memory."""
+    spill_disk_bytes: int = 0
+    """The same in the file that comes as `spill`."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -276,13 +392,39 @@ class Engine(Protocol):
 
     def tokenize(self, text: str) -> list[int]: ...
 
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; what is no whole character is U+FFFD.
+
+        Raises:
+            InvalidArgument: a number that is no token.
+        """
+
+    def rerank(
+        self, query: str, documents: Sequence[str], cancelled: Callable[[], bool] | None = None
+    ) -> tuple[list[float], int]:
+        """How well each document answers the query (higher is better, 0–1), and the number of tokens read.
+
+        Raises:
+            NotSupported: the model makes no such judgement.
+        """
+
+    def classify(
+        self, texts: Sequence[str], cancelled: Callable[[], bool] | None = None
+    ) -> tuple[list[list[tuple[str, float]]], int]:
+        """For each text its labels with their probabilities, likeliest first; and the number of tokens read."""
+
+    def stats(self) -> EngineStats: ...
+
+    def trim(self) -> int:
+        """Give back what can be had again without loading: caches of idle conversations. Returns bytes freed."""
+
     def close(self) -> None:
         """Cancel what runs and free the model; idempotent."""
 
 
 def event_to_dict(event: Event) -> dict[str, Any]:
     """JSON-ready form of an event, with its kind under "event"."""
-    kind = "chunk" if isinstance(event, Chunk) else "finished"
+    kind = {Chunk: "chunk", Finished: "finished", Queued: "queued"}[type(event)]
     return {"event": kind, **asdict(event)}
 
 
@@ -291,6 +433,8 @@ def event_from_dict(values: Mapping[str, Any]) -> Event:
     try:
         if values["event"] == "chunk":
             return Chunk(values["text"], tuple(_logprob(each) for each in values.get("logprobs", ())))
+        if values["event"] == "queued":
+            return Queued(values["position"], values.get("eta_s"))
         if values["event"] == "finished":
             return Finished(
                 FinishReason(values["reason"]),

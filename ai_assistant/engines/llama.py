@@ -16,6 +16,7 @@ from typing import Any
 
 from ai_assistant.engines import gguf_rules
 from ai_assistant.engines.contract import (
+    EngineStats,
     Event,
     Finished,
     GenerateRequest,
@@ -232,6 +233,30 @@ class LlamaEngine:
         with self._in_use():
             tokens: list[int] = self._vocabulary.tokenize(text).tolist()
             return tokens
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        vocabulary = self._vocabulary
+        for index, each in enumerate(tokens):
+            if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < vocabulary.size:
+                raise InvalidArgument(f"tokens[{index}] is no token of this model", param=f"tokens[{index}]")
+        with self._in_use():
+            return b"".join(map(vocabulary.piece, tokens)).decode("utf-8", "replace")
+
+    def rerank(
+        self, query: str, documents: Sequence[str], cancelled: Callable[[], bool] | None = None
+    ) -> tuple[list[float], int]:
+        raise NotSupported(f"models of architecture {self._info.architecture} do not rank documents")
+
+    def classify(
+        self, texts: Sequence[str], cancelled: Callable[[], bool] | None = None
+    ) -> tuple[list[list[tuple[str, float]]], int]:
+        raise NotSupported(f"models of architecture {self._info.architecture} do not classify")
+
+    def stats(self) -> EngineStats:
+        return EngineStats() if self._scheduler is None else self._scheduler.stats()
+
+    def trim(self) -> int:
+        return 0 if self._scheduler is None else int(self._scheduler.trim())
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:

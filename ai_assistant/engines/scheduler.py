@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ai_assistant.engines.contract import Chunk, Event, Finished, FinishReason, TokenLogprob, Usage
+from ai_assistant.engines.contract import Chunk, EngineStats, Event, Finished, FinishReason, TokenLogprob, Usage
 from ai_assistant.engines.native import last_messages
 from ai_assistant.engines.output import Output
 from ai_assistant.engines.sampling import Logits, Sampler, Scratch, logprobs_of
@@ -178,6 +178,20 @@ class Scheduler:
     @property
     def running(self) -> int:
         return sum(each.task is not None for each in self._slots)
+
+    def stats(self) -> EngineStats:
+        """What goes on, roughly: read without stopping the thread."""
+        return EngineStats(
+            running=self.running,
+            waiting=len(self._waiting),
+            sequences=len(self._slots),
+            kv_cells=self._context_length * len(self._slots),
+            kv_used=sum(each.length for each in self._slots),
+        )
+
+    def trim(self) -> int:
+        """Nothing yet that the cache's fixed buffer could give back."""
+        return 0
 
     # Everything below runs on the thread alone.
 

@@ -36,7 +36,7 @@ from ai_assistant.daemon.api.openai import (
 )
 from ai_assistant.daemon.api.rendering import error_event
 from ai_assistant.daemon.contract import ModelRecord, Peer, Scope, Service
-from ai_assistant.engines.contract import Chunk, Event, GenerateRequest
+from ai_assistant.engines.contract import Chunk, Event, Finished, GenerateRequest
 from ai_assistant.errors import (
     AIAssistantError,
     InternalError,
@@ -273,7 +273,7 @@ async def _collected(events: AsyncIterator[Event]) -> list[Event]:
             else:
                 found.append(event)
                 held += _EVENT_BYTES
-        else:
+        elif isinstance(event, Finished):
             found.append(event)
         if held > MAX_COLLECTED:
             raise InvalidArgument(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ai_assistant.daemon.api.errors import error_bytes
-from ai_assistant.engines.contract import Chunk, Event, Finished, TokenLogprob, ToolCall, Usage
+from ai_assistant.engines.contract import Chunk, Event, Finished, Queued, TokenLogprob, ToolCall, Usage
 from ai_assistant.errors import AIAssistantError, InternalError
 
 _log = logging.getLogger(__name__)
@@ -77,6 +77,9 @@ class Renderer(ABC):
         """The bytes for one event; after `Finished` the stream is complete."""
         if isinstance(event, Chunk):
             return self.chunk(event)
+        if isinstance(event, Queued):
+            eta = "" if event.eta_s is None else f", {max(0.0, event.eta_s):.1f} s to wait"
+            return _bytes(f": {event.position} before you{eta}\n\n")
         out = self.last(event)
         if self.options.include_usage:
             out += _bytes(f'{self._head},"choices":[],"usage":{_encode(usage_dict(event.usage))}}}\n\n')

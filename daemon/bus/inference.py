@@ -52,7 +52,7 @@ class Inference:
             async for event in events:
                 if isinstance(event, Chunk):
                     texts.append(event.text)
-                else:
+                elif isinstance(event, Finished):
                     return "".join(texts).replace("\0", "\ufffd"), usage(event)
         raise InternalError("the generation ended without a result")
 

@@ -15,6 +15,7 @@ from ai_assistant.engines.contract import (
     Finished,
     FinishReason,
     ModelInfo,
+    Queued,
     TokenLogprob,
     ToolCall,
     Usage,
@@ -30,6 +31,9 @@ def event(message: dict[str, Any]) -> Event:
     if message["event"] == "chunk":
         logprobs = _list(message.get("logprobs", []), _MAX_PER_CHUNK)
         return Chunk(_text(message.get("text")), tuple(_logprob(each) for each in logprobs) if logprobs else ())
+    if message["event"] == "queued":
+        eta = message.get("eta_s")
+        return Queued(_count(message.get("position")), None if eta is None else _number(eta))
     reason = message.get("reason")
     if reason not in ("stop", "length", "tool_calls"):
         raise ProtocolError("an unknown reason")

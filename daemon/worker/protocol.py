@@ -299,7 +299,7 @@ class WorkerClient:
         elif kind == "result" and pending.op in messages.RESULTS:
             pending.put(messages.RESULTS[pending.op](message.get("value")))
             pending.ended = True
-        elif kind in ("chunk", "finished") and pending.op == "generate":
+        elif kind in ("chunk", "finished", "queued") and pending.op == "generate":
             event = messages.event(message)
             pending.ended = isinstance(event, Finished)
             if not pending.put(event):

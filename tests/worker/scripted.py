@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 from ai_assistant.daemon.worker.__main__ import _leave
 from ai_assistant.daemon.worker.server import WorkerServer
 from ai_assistant.engines.contract import (
     Chunk,
+    Engine,
     Event,
     Finished,
     FinishReason,
@@ -91,8 +93,8 @@ class _Scripted:
         yield Finished(FinishReason.STOP, Usage(0, 0))
 
 
-def _open(_fd: int, _options: LoadOptions, _progress: Callable[[float], None]) -> ScriptedEngine:
-    return ScriptedEngine()
+def _open(_fd: int, _options: LoadOptions, _progress: Callable[[float], None]) -> Engine:
+    return cast(Engine, ScriptedEngine())
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ async def _text(client: WorkerClient, request: GenerateRequest) -> tuple[str, Fi
         async for event in events:
             if isinstance(event, Chunk):
                 text += event.text
-            else:
+            elif isinstance(event, Finished):
                 last = event
     assert last is not None
     return text, last
