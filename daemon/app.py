@@ -16,6 +16,7 @@ from ai_assistant.daemon import config as configuration
 from ai_assistant.daemon.authority import Authority, allowed
 from ai_assistant.daemon.contract import Counters
 from ai_assistant.daemon.jobs import JobTable
+from ai_assistant.daemon.pins import Pins
 from ai_assistant.daemon.publish import Publisher
 from ai_assistant.daemon.registry import BUILTIN_DIRECTORY, Registry
 from ai_assistant.daemon.residency import Residency, Worker, load_options
@@ -63,15 +64,17 @@ class App:
         loading = load_options(self.config)
         registry = Registry(options.root / BUILTIN_DIRECTORY, options.state_directory / "models", loading)
         self._machine = Machine(options.root, options.state_directory)
+        pins = Pins(options.state_directory / "pins.json")
         residency = Residency(
             self.config,
             connector(options.worker_socket),
             self._machine.memory_available,
             counters,
             memory_total=self._machine.memory_total,
+            pinned=pins.__contains__,
         )
         jobs = JobTable(per_owner=self.config.limits_jobs_per_caller)
-        self.service = DaemonService(self.config, registry, residency, jobs, self._machine, counters)
+        self.service = DaemonService(self.config, registry, residency, jobs, self._machine, counters, pins)
         self._connection: Connection | None = None
 
     def stop(self) -> None:
@@ -93,6 +96,7 @@ class App:
         notify("STATUS=Reading models")
         sockets = self._sockets()
         await asyncio.to_thread(self.service.registry.scan)
+        self.service.pins.keep_only(each.name for each in self.service.registry.all())
         connection = self._connection = Connection(
             map(bus.load, bus.NAMES),
             root=bus.ROOT,
@@ -125,7 +129,7 @@ class App:
     async def _end(self, api: asyncio.Task[None] | None, api_stop: asyncio.Event) -> None:
         """Stop accepting, let generations finish for a while, cancel the rest, free everything."""
         assert self._connection is not None
-        await self.service.drain()
+        await self.service.finish()
         api_stop.set()
         if api is not None:
             await asyncio.wait([api], timeout=10)

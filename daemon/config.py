@@ -53,6 +53,7 @@ ROWS: tuple[Row, ...] = (
     Row("models.threads", int, 0, "threads per worker; 0: chosen by the machine", high=1024),
     Row("models.batch_tokens", int, 512, "tokens per decode step", low=32, high=65_536),
     Row("models.idle_unload_s", float, 900.0, "unload a model that nobody used for so long; 0: never", high=1e7),
+    Row("models.drain_timeout_s", float, 300.0, "longest time that draining a model waits", low=0.1, high=86_400),
     Row("models.memory_reserve_bytes", int, 192 * _MIB, "memory that loading a model leaves free", high=1 << 50),
     Row("models.disk_reserve_bytes", int, 256 * _MIB, "disk space that an import leaves free", high=1 << 50),
     Row("worker.load_timeout_s", float, 600.0, "longest time that loading may take", low=1, high=86_400),
@@ -80,6 +81,7 @@ class Config:
     models_threads: int
     models_batch_tokens: int
     models_idle_unload_s: float
+    models_drain_timeout_s: float
     models_memory_reserve_bytes: int
     models_disk_reserve_bytes: int
     worker_load_timeout_s: float

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from ai_assistant.engines.contract import Event, GenerateRequest
+from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest
+from ai_assistant.engines.memory import MemoryEstimate
 
 caller: ContextVar[int | None] = ContextVar("caller", default=None)
 """User id of whoever asks in this task; None is the daemon itself. Both interfaces set it as soon as they know, and
@@ -46,6 +47,14 @@ class ModelRecord:
     """Passed as a descriptor; dies with the connection of its owner."""
     error: str = ""
     """Why the last load failed; empty otherwise."""
+    pinned: bool = False
+    """Never unloaded to make room, nor for being idle."""
+    capabilities: tuple[str, ...] = ()
+    """Any of "generate", "embed", "rerank", "classify"."""
+    memory: MemoryEstimate = field(default_factory=MemoryEstimate)
+    """What loading it takes with the present configuration; its total is `memory_estimate_bytes`."""
+    resident_bytes: int | None = None
+    """What its worker was estimated to take when it was loaded; None unless it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +108,69 @@ class Service(Protocol):
             NoSuchModel: also for another user's transient model, see `caller`.
         """
 
-    def generate(self, name: str, request: GenerateRequest) -> AsyncGenerator[Event]:
+    def generate(self, name: str, request: GenerateRequest, keep_alive_s: float | None = None) -> AsyncGenerator[Event]:
         """Load the model if needed and generate; closing the generator cancels and frees the slot.
+
+        Args:
+            keep_alive_s: how long the model stays loaded when nobody uses it afterwards, in seconds. None: as the
+                configuration says; 0: not at all; infinity: until memory is needed. The last request counts.
 
         Raises:
             NoSuchModel, ContextOverflow, InvalidArgument, Busy, OutOfMemory, WorkerCrashed
         """
 
-    async def embed(self, name: str, texts: Sequence[str]) -> tuple[list[list[float]], int]: ...
+    async def embed(
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+    ) -> tuple[list[list[float]], int]: ...
+
+    async def rerank(self, name: str, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
+        """A score from 0 to 1 for each document, higher is better, and the number of tokens read.
+
+        Raises:
+            NotSupported: the model makes no such judgement.
+        """
+
+    async def classify(self, name: str, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
+        """For each text its labels with their probabilities, likeliest first; and the number of tokens read.
+
+        Raises:
+            NotSupported: the model makes no such judgement.
+        """
 
     async def tokenize(self, name: str, text: str) -> list[int]: ...
+
+    async def detokenize(self, name: str, tokens: Sequence[int]) -> str:
+        """Raises InvalidArgument for a number that is no token of the model."""
+
+    async def stats(self) -> Mapping[str, EngineStats]:
+        """What each loaded model does right now, by full name; one that does not answer in time is left out.
+
+        Transient models of others are left out, see `caller`.
+        """
+
+    def estimate(self, name: str, context_length: int = 0, sequences: int = 0) -> MemoryEstimate:
+        """What loading the model takes with these options (0: as the configuration says).
+
+        Raises:
+            NoSuchModel, InvalidArgument
+        """
+
+    async def pin(self, name: str, pinned: bool) -> None:
+        """Keep a model loaded, over restarts, or no longer. Pinning does not load it.
+
+        Raises:
+            NoSuchModel
+            NotSupported: a transient model.
+            InternalError: it cannot be remembered.
+        """
+
+    async def drain(self, name: str) -> None:
+        """Take no new requests for the model, let those that run finish, then unload it; returns when it is.
+
+        Raises:
+            NoSuchModel
+            Timeout: something still runs after the time that the configuration gives; the model is used again.
+        """
 
     def health(self) -> str:
         """ "ok", or a sentence that says what is wrong while the state is degraded."""

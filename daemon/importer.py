@@ -140,7 +140,7 @@ async def _finish(registry: Registry, name: str, source: Source, partial: Path, 
     entry = Entry(
         name,
         replace(found.info, name=name),
-        found.memory_bytes,
+        found.memory,
         created,
         path=target / MODEL_FILE,
         sha256=digest,

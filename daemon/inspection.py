@@ -1,7 +1,7 @@
 """Looks into a model file in a process of its own: a hostile header costs neither memory nor time of the daemon.
 
 Run as ``python3 -m ai_assistant.daemon.inspection FD LOAD_OPTIONS``; prints one JSON object: either
-``{"info": …, "memory_bytes": n}`` or an error as in `AIAssistantError.to_dict`.
+``{"info": …, "memory": …}`` or an error as in `AIAssistantError.to_dict`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ai_assistant.engines.contract import LoadOptions, ModelInfo
+from ai_assistant.engines.memory import MemoryShape
 from ai_assistant.errors import AIAssistantError, InvalidModel, Timeout, from_name
 
 TIMEOUT_S = 60.0
@@ -28,10 +29,10 @@ _ANSWER_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a file is, and what loading it with the given options is estimated to take, in bytes."""
+    """What a file is, and what the memory depends on that loading it takes."""
 
     info: ModelInfo
-    memory_bytes: int
+    memory: MemoryShape
 
 
 def inspect_here(fd: int, options: LoadOptions) -> Inspection:
@@ -41,7 +42,7 @@ def inspect_here(fd: int, options: LoadOptions) -> Inspection:
         InvalidModel: with the reason.
     """
     from ai_assistant.engines.gguf import read_gguf
-    from ai_assistant.engines.gguf_rules import check, estimate_memory_bytes
+    from ai_assistant.engines.gguf_rules import check, memory_shape
     from ai_assistant.engines.sniff import ModelFormat, sniff
 
     found = sniff(fd)
@@ -50,7 +51,7 @@ def inspect_here(fd: int, options: LoadOptions) -> Inspection:
     if found not in (ModelFormat.GGUF, ModelFormat.UNKNOWN):
         raise InvalidModel(f"models in the format {found} cannot be used yet", hint="convert it to GGUF")
     model = read_gguf(fd)
-    return Inspection(check(model), estimate_memory_bytes(model, options))
+    return Inspection(check(model), memory_shape(model))
 
 
 async def inspect(fd: int, options: LoadOptions, *, timeout_s: float = TIMEOUT_S) -> Inspection:
@@ -92,7 +93,7 @@ async def _inspect(fd: int, options: LoadOptions, timeout_s: float) -> Inspectio
         raise InvalidModel("the file's header takes too much memory or time to read") from None
     if "info" not in values:
         raise from_name(values["name"], values["message"], hint=values["hint"] or "", param=values["param"])
-    return Inspection(ModelInfo(**values["info"]), values["memory_bytes"])
+    return Inspection(ModelInfo(**values["info"]), MemoryShape.from_dict(values["memory"]))
 
 
 def main(arguments: list[str]) -> int:
@@ -101,7 +102,7 @@ def main(arguments: list[str]) -> int:
     out: dict[str, Any]
     try:
         found = inspect_here(int(arguments[0]), LoadOptions(**json.loads(arguments[1])))
-        out = {"info": asdict(found.info), "memory_bytes": found.memory_bytes}
+        out = {"info": asdict(found.info), "memory": found.memory.to_dict()}
     except AIAssistantError as error:
         out = {**error.to_dict()}
     print(json.dumps(out))

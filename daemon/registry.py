@@ -23,6 +23,7 @@ from typing import Any
 
 from ai_assistant.daemon.inspection import Inspection, inspect_here
 from ai_assistant.engines.contract import LoadOptions, ModelInfo
+from ai_assistant.engines.memory import MemoryShape
 from ai_assistant.errors import AlreadyExists, InternalError, InvalidArgument, InvalidModel, NoSuchModel, NotSupported
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Entry:
 
     name: str
     info: ModelInfo
-    memory_estimate_bytes: int
+    memory: MemoryShape
     created: int
     path: Path | None = None
     file: OpenFile | None = None
@@ -180,7 +181,7 @@ class Registry:
         return Entry(
             name,
             replace(found.info, name=name),
-            found.memory_bytes,
+            found.memory,
             int(metadata.get("created", 0)) if isinstance(metadata.get("created", 0), int) else int(status.st_mtime),
             path=path,
             builtin=builtin,
@@ -238,7 +239,7 @@ class Registry:
         entry = Entry(
             name,
             replace(found.info, name=name),
-            found.memory_bytes,
+            found.memory,
             created,
             file=OpenFile(fd),
             owner=owner,
@@ -307,7 +308,7 @@ def metadata(found: Inspection, sha256: str, created: int, status: os.stat_resul
     return {
         "created": created,
         "sha256": sha256,
-        "memory_bytes": found.memory_bytes,
+        "memory": found.memory.to_dict(),
         "info": asdict(found.info),
         "size_bytes": status.st_size,
         "mtime_ns": status.st_mtime_ns,
@@ -318,7 +319,7 @@ def _remembered(values: Mapping[str, Any], status: os.stat_result) -> Inspection
     if values.get("size_bytes") != status.st_size or values.get("mtime_ns") != status.st_mtime_ns:
         return None
     try:
-        return Inspection(ModelInfo(**values["info"]), int(values["memory_bytes"]))
+        return Inspection(ModelInfo(**values["info"]), MemoryShape.from_dict(values["memory"]))
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -21,8 +22,18 @@ from typing import Protocol
 from ai_assistant.daemon.config import Config
 from ai_assistant.daemon.contract import Counters, ModelState
 from ai_assistant.daemon.registry import Entry
-from ai_assistant.engines.contract import Event, GenerateRequest, LoadOptions, ModelInfo
-from ai_assistant.errors import AIAssistantError, Busy, InternalError, NoSuchModel, OutOfMemory, Timeout, WorkerCrashed
+from ai_assistant.engines import memory
+from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest, LoadOptions, ModelInfo
+from ai_assistant.errors import (
+    AIAssistantError,
+    Busy,
+    InternalError,
+    InvalidArgument,
+    NoSuchModel,
+    OutOfMemory,
+    Timeout,
+    WorkerCrashed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +41,8 @@ _STABLE_S = 60.0
 """A worker that lived so long is not the same trouble as the crash before."""
 _PATIENCE_S = 1.5
 """A restart that comes this soon is waited for; a longer back-off is the error it is."""
+_STATS_S = 2.0
+"""A worker that does not say how it is in this time is left out."""
 MAX_WORKERS = 30
 """The socket unit accepts 32 (MaxConnections=), and two of those may be ending."""
 
@@ -41,14 +54,28 @@ class Worker(Protocol):
     """Done when the process is gone, for whatever reason."""
 
     async def load(
-        self, fd: int, options: LoadOptions, on_progress: Callable[[float], None] | None = None
+        self,
+        fd: int,
+        options: LoadOptions,
+        on_progress: Callable[[float], None] | None = None,
+        files: Mapping[str, int] | None = None,
     ) -> ModelInfo: ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event]: ...
 
     async def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]: ...
 
+    async def rerank(self, query: str, documents: Sequence[str]) -> tuple[list[float], int]: ...
+
+    async def classify(self, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]: ...
+
     async def tokenize(self, text: str) -> list[int]: ...
+
+    async def detokenize(self, tokens: Sequence[int]) -> str: ...
+
+    async def stats(self) -> EngineStats: ...
+
+    async def trim(self) -> int: ...
 
     async def close(self) -> None:
         """End the process."""
@@ -66,6 +93,12 @@ class _Slot:
     progress: list[Callable[[float], None]] = field(default_factory=list)
     active: int = 0
     last_used: float = 0.0
+    keep_s: float | None = None
+    """How long it stays when nobody uses it; None: as the configuration says, infinity: for ever."""
+    draining: bool = False
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever somebody stops using it."""
+    resident_bytes: int = 0
     loaded_at: float = 0.0
     crashes: int = 0
     retry_at: float = 0.0
@@ -83,6 +116,7 @@ class Residency:
         memory_total: bytes of the machine, or None. Mapped weights are page cache, which counts as available though
             a loaded model needs it: what is left of the total is the other bound.
         changed: told the name of a model whose state changed.
+        pinned: whether a model, by full name, is kept loaded.
     """
 
     def __init__(
@@ -93,11 +127,13 @@ class Residency:
         counters: Counters,
         changed: Callable[[str], None] = lambda name: None,
         memory_total: Callable[[], int | None] = lambda: None,
+        pinned: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self._config = config
         self._connect = connect
         self._memory_available = memory_available
         self._memory_total = memory_total
+        self._pinned = pinned
         self._counters = counters
         self.changed = changed
         self._slots: dict[str, _Slot] = {}
@@ -117,14 +153,52 @@ class Residency:
         slot = self._slots.get(name)
         return slot is not None and (slot.active > 0 or slot.state is ModelState.LOADING)
 
+    def pin_changed(self, name: str) -> None:
+        """The model was pinned or unpinned: its time to go may have come, or may not come any more."""
+        self._schedule_idle()
+        self.changed(name)
+
+    def resident_bytes(self, name: str) -> int | None:
+        """What the loaded model was estimated to take; None when it is not loaded."""
+        slot = self._slots.get(name)
+        return None if slot is None or slot.worker is None else slot.resident_bytes
+
+    def estimate(self, entry: Entry, context_length: int = 0, sequences: int = 0) -> memory.MemoryEstimate:
+        """What loading the model takes with these options (0: as it would be loaded now)."""
+        options = self._options(entry)
+        return memory.estimate(
+            entry.memory,
+            replace(
+                options,
+                context_length=context_length or options.context_length,
+                sequences=sequences or options.sequences,
+            ),
+        )
+
+    async def stats(self, name: str) -> EngineStats | None:
+        """What the loaded model does right now; None when it is not loaded or does not say in time."""
+        slot = self._slots.get(name)
+        if slot is None or slot.worker is None:
+            return None
+        try:
+            async with asyncio.timeout(_STATS_S):
+                return await slot.worker.stats()
+        except (TimeoutError, AIAssistantError) as error:
+            log.info("no statistics of %s: %s", name, error or "no answer")
+            return None
+
     @asynccontextmanager
-    async def use(self, entry: Entry) -> AsyncIterator[Worker]:
+    async def use(self, entry: Entry, keep_alive_s: float | None = None) -> AsyncIterator[Worker]:
         """The model's worker, loaded if need be and not evicted meanwhile.
 
         Raises:
             OutOfMemory, InvalidModel, WorkerCrashed, Busy, Timeout
+            InvalidArgument: a time to stay that is none.
         """
+        check_keep_alive(keep_alive_s)
         slot = self._slot(entry)
+        if slot.draining:
+            raise Busy(f"{entry.name} is being unloaded and takes no more requests", hint="try again in a moment")
         # Counted before the load, so that the model is not evicted between the end of it and the use.
         slot.active += 1
         try:
@@ -132,11 +206,15 @@ class Residency:
         finally:
             slot.active -= 1
             slot.last_used = self._now()
+            slot.keep_s = keep_alive_s
+            slot.freed.set()
             self._schedule_idle()
 
-    async def generate(self, entry: Entry, request: GenerateRequest) -> AsyncGenerator[Event]:
+    async def generate(
+        self, entry: Entry, request: GenerateRequest, keep_alive_s: float | None = None
+    ) -> AsyncGenerator[Event]:
         """Events of one generation; closing the generator cancels it and frees its place."""
-        async with self.use(entry) as worker, aclosing(worker.generate(request)) as events:
+        async with self.use(entry, keep_alive_s) as worker, aclosing(worker.generate(request)) as events:
             async for event in events:
                 yield event
 
@@ -171,6 +249,25 @@ class Residency:
             raise Busy(f"{name} is in use", hint="wait until it has answered")
         await self._drop(slot)
 
+    async def drain(self, name: str, timeout_s: float) -> None:
+        """Refuse new requests, let those that run finish, then unload; see `contract.Service.drain`."""
+        slot = self._slots.get(name)
+        if slot is None:
+            return
+        slot.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                while slot.active or slot.state is ModelState.LOADING:
+                    slot.freed.clear()
+                    await slot.freed.wait()
+            await self._drop(slot)
+        except TimeoutError:
+            raise Timeout(
+                f"{name} still answers after {timeout_s:g} s", hint="it takes requests again; unload it later"
+            ) from None
+        finally:
+            slot.draining = False
+
     async def forget(self, name: str) -> None:
         """The model goes away: end its worker, whatever it does."""
         slot = self._slots.pop(name, None)
@@ -190,6 +287,12 @@ class Residency:
         await asyncio.gather(*(self.forget(name) for name in list(self._slots)))
 
     # ---- loading
+
+    def _options(self, entry: Entry) -> LoadOptions:
+        return entry.options or self.options
+
+    def _needs(self, slot: _Slot) -> int:
+        return self.estimate(slot.entry).total_bytes
 
     def _slot(self, entry: Entry) -> _Slot:
         slot = self._slots.get(entry.name)
@@ -272,9 +375,10 @@ class Residency:
         log.info("loaded %s", name, extra={"MODEL": name})
 
     async def _send_model(self, slot: _Slot, worker: Worker) -> None:
-        options = slot.entry.options or self.options
+        options = self._options(slot.entry)
+        slot.resident_bytes = memory.estimate(slot.entry.memory, options).total_bytes
         if not options.memory_limit_bytes:
-            options = replace(options, memory_limit_bytes=memory_limit(slot.entry.memory_estimate_bytes))
+            options = replace(options, memory_limit_bytes=memory_limit(slot.resident_bytes))
         fd = slot.entry.open()
         try:
             await worker.load(fd, options, lambda value: _tell(slot, value))
@@ -293,11 +397,11 @@ class Residency:
             OutOfMemory: with the numbers.
             Busy: as many workers as there may be, and all of them work.
         """
-        needed = slot.entry.memory_estimate_bytes
+        needed = self._needs(slot)
         reserve = self._config.models_memory_reserve_bytes
         async with self._evicting:
             while True:
-                idle = [each for each in self._slots.values() if each.worker is not None and each.active == 0]
+                idle = [each for each in self._slots.values() if self._evictable(each)]
                 promised = [each for each in self._slots.values() if each.promised]
                 workers = len(promised) + sum(1 for each in self._slots.values() if each.worker is not None)
                 full = workers >= MAX_WORKERS
@@ -307,8 +411,8 @@ class Residency:
                 available = self._available()
                 if available is not None:
                     # Others that load now have not taken their memory yet, and it is promised to them.
-                    free = available - sum(each.entry.memory_estimate_bytes for each in promised)
-                    if free + sum(each.entry.memory_estimate_bytes for each in idle) < needed + reserve:
+                    free = available - sum(map(self._needs, promised))
+                    if free + sum(each.resident_bytes for each in idle) < needed + reserve:
                         raise self._too_large(slot, free)
                     fits = needed + reserve <= free
                 if fits and not full:
@@ -316,19 +420,22 @@ class Residency:
                 victim = min(idle, key=lambda each: each.last_used)
                 log.info("unloading %s to make room for %s", victim.entry.name, slot.entry.name)
                 await self._drop(victim)
-                await self._settled(needed + reserve + sum(each.entry.memory_estimate_bytes for each in promised))
+                await self._settled(needed + reserve + sum(map(self._needs, promised)))
+
+    def _evictable(self, slot: _Slot) -> bool:
+        return slot.worker is not None and slot.active == 0 and not self._pinned(slot.entry.name)
 
     def _available(self) -> int | None:
         """Bytes for models that are not loaded."""
         available, total = self._memory_available(), self._memory_total()
         if available is None or total is None:
             return available
-        loaded = (each.entry.memory_estimate_bytes for each in self._slots.values() if each.worker is not None)
+        loaded = (each.resident_bytes for each in self._slots.values() if each.worker is not None)
         return min(available, total - sum(loaded))
 
     def _too_large(self, slot: _Slot, free: int) -> OutOfMemory:
         return OutOfMemory(
-            f"{slot.entry.name} needs about {slot.entry.memory_estimate_bytes} bytes of memory; {max(0, free)} bytes "
+            f"{slot.entry.name} needs about {self._needs(slot)} bytes of memory; {max(0, free)} bytes "
             f"are available, of which {self._config.models_memory_reserve_bytes} stay free",
             hint="unload a model, or set models.context_length lower",
         )
@@ -397,21 +504,33 @@ class Residency:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-        limit = self._config.models_idle_unload_s
-        idle = [each.last_used for each in self._slots.values() if each.worker is not None and each.active == 0]
-        if limit and idle and not self._stopping:
+        due = [self._due(each) for each in self._slots.values() if self._evictable(each)]
+        first = min(due, default=math.inf)
+        if first < math.inf and not self._stopping:
             loop = asyncio.get_running_loop()
-            self._idle_timer = loop.call_at(min(idle) + limit, self._unload_idle)
+            self._idle_timer = loop.call_at(first, self._unload_idle)
+
+    def _due(self, slot: _Slot) -> float:
+        """When a model that nobody uses is unloaded."""
+        keep_s = (self._config.models_idle_unload_s or math.inf) if slot.keep_s is None else slot.keep_s
+        return slot.last_used + keep_s
 
     def _unload_idle(self) -> None:
         self._idle_timer = None
-        due = self._now() - self._config.models_idle_unload_s + 0.01
+        now = self._now() + 0.01
         for slot in self._slots.values():
-            if slot.worker is not None and slot.active == 0 and slot.last_used <= due:
+            if self._evictable(slot) and self._due(slot) <= now:
                 log.info("%s is idle", slot.entry.name, extra={"MODEL": slot.entry.name})
                 task = asyncio.get_running_loop().create_task(self._drop(slot))
                 task.add_done_callback(_retrieve)
         self._schedule_idle()
+
+
+def check_keep_alive(keep_alive_s: float | None) -> None:
+    """Raises InvalidArgument for what is no time to stay loaded: negative, or no number."""
+    # NaN compares false with everything.
+    if keep_alive_s is not None and not keep_alive_s >= 0:
+        raise InvalidArgument(f"keep_alive must be 0 or more seconds, not {keep_alive_s}", param="keep_alive")
 
 
 def memory_limit(estimate_bytes: int) -> int:

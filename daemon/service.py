@@ -7,8 +7,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,21 @@ from ai_assistant.daemon.contract import Counters, ModelRecord, ModelState, call
 from ai_assistant.daemon.importer import Source, check_space, copy_in
 from ai_assistant.daemon.inspection import inspect
 from ai_assistant.daemon.jobs import Job, JobTable
+from ai_assistant.daemon.pins import Pins
 from ai_assistant.daemon.registry import Entry, Registry, check_descriptor, parse_name
-from ai_assistant.daemon.residency import Residency, load_options
+from ai_assistant.daemon.residency import Residency, Worker, load_options
 from ai_assistant.daemon.status import Machine
 from ai_assistant.daemon.version import VERSION
-from ai_assistant.engines.contract import Chunk, Event, Finished, GenerateRequest, LoadOptions
+from ai_assistant.engines.contract import (
+    Chunk,
+    EngineStats,
+    Event,
+    Finished,
+    GenerateRequest,
+    LoadOptions,
+    ModelInfo,
+)
+from ai_assistant.engines.memory import MemoryEstimate
 from ai_assistant.errors import (
     AIAssistantError,
     AlreadyExists,
@@ -30,6 +40,7 @@ from ai_assistant.errors import (
     InternalError,
     InvalidArgument,
     NoSuchModel,
+    NotSupported,
 )
 
 log = logging.getLogger(__name__)
@@ -46,6 +57,7 @@ class DaemonService:
         jobs: JobTable,
         machine: Machine,
         counters: Counters,
+        pins: Pins,
     ) -> None:
         self.config = config
         self.registry = registry
@@ -53,6 +65,8 @@ class DaemonService:
         self.jobs = jobs
         self.machine = machine
         self.counters = counters
+        self.pins = pins
+        self._pinning = asyncio.Lock()
         self.state = "starting"
         self.on_added: Callable[[str], None] = lambda name: None
         self.on_removed: Callable[[str], None] = lambda name: None
@@ -74,7 +88,9 @@ class DaemonService:
         """The model of that name, for whoever asks."""
         return self.registry.get(name, caller.get())
 
-    async def generate(self, name: str, request: GenerateRequest) -> AsyncGenerator[Event]:
+    async def generate(
+        self, name: str, request: GenerateRequest, keep_alive_s: float | None = None
+    ) -> AsyncGenerator[Event]:
         entry = self._entry(name)
         self._accepting()
         counters = self.counters
@@ -84,7 +100,7 @@ class DaemonService:
         finished = False
         tokens = 0
         try:
-            async with aclosing(self.residency.generate(entry, request)) as events:
+            async with aclosing(self.residency.generate(entry, request, keep_alive_s)) as events:
                 async for event in events:
                     if isinstance(event, Chunk):
                         tokens += 1
@@ -108,31 +124,80 @@ class DaemonService:
                 counters.completion_tokens += tokens
             self._end()
 
-    async def embed(self, name: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
-        entry = self._entry(name)
-        self._accepting()
-        self.counters.requests += 1
-        self._begin()
-        try:
-            async with self.residency.use(entry) as worker:
-                vectors, tokens = await worker.embed(texts)
-        except AIAssistantError:
-            self.counters.errors += 1
-            raise
-        finally:
-            self._end()
+    async def embed(
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+    ) -> tuple[list[list[float]], int]:
+        async with self._counted(name, keep_alive_s) as worker:
+            vectors, tokens = await worker.embed(texts)
         self.counters.prompt_tokens += tokens
         return vectors, tokens
 
+    async def rerank(self, name: str, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
+        async with self._counted(name) as worker:
+            scores, tokens = await worker.rerank(query, documents)
+        self.counters.prompt_tokens += tokens
+        return scores, tokens
+
+    async def classify(self, name: str, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
+        async with self._counted(name) as worker:
+            labels, tokens = await worker.classify(texts)
+        self.counters.prompt_tokens += tokens
+        return labels, tokens
+
     async def tokenize(self, name: str, text: str) -> list[int]:
+        async with self._worker(name) as worker:
+            return await worker.tokenize(text)
+
+    async def detokenize(self, name: str, tokens: Sequence[int]) -> str:
+        async with self._worker(name) as worker:
+            return await worker.detokenize(tokens)
+
+    @asynccontextmanager
+    async def _worker(self, name: str, keep_alive_s: float | None = None) -> AsyncIterator[Worker]:
         entry = self._entry(name)
         self._accepting()
         self._begin()
         try:
-            async with self.residency.use(entry) as worker:
-                return await worker.tokenize(text)
+            async with self.residency.use(entry, keep_alive_s) as worker:
+                yield worker
         finally:
             self._end()
+
+    @asynccontextmanager
+    async def _counted(self, name: str, keep_alive_s: float | None = None) -> AsyncIterator[Worker]:
+        self._entry(name)
+        self.counters.requests += 1
+        try:
+            async with self._worker(name, keep_alive_s) as worker:
+                yield worker
+        except AIAssistantError:
+            self.counters.errors += 1
+            raise
+
+    async def stats(self) -> Mapping[str, EngineStats]:
+        names = [each.name for each in self.models() if each.state is ModelState.LOADED]
+        found = await asyncio.gather(*map(self.residency.stats, names))
+        return {name: each for name, each in zip(names, found, strict=True) if each is not None}
+
+    def estimate(self, name: str, context_length: int = 0, sequences: int = 0) -> MemoryEstimate:
+        entry = self._entry(name)
+        for param, value, high in (("context_length", context_length, 1 << 24), ("sequences", sequences, 256)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
+                raise InvalidArgument(f"{param} must be an integer from 0 to {high}", param=param)
+        return self.residency.estimate(entry, context_length, sequences)
+
+    async def pin(self, name: str, pinned: bool) -> None:
+        entry = self._entry(name)
+        if entry.transient:
+            raise NotSupported(f"{entry.name} goes away with its owner and cannot be pinned")
+        async with self._pinning:
+            changed = await asyncio.to_thread(self.pins.set, entry.name, pinned)
+        if changed:
+            log.info("%s %s", "pinned" if pinned else "unpinned", entry.name, extra={"MODEL": entry.name})
+            self.residency.pin_changed(entry.name)
+
+    async def drain(self, name: str) -> None:
+        await self.residency.drain(self._entry(name).name, self.config.models_drain_timeout_s)
 
     def status(self) -> Mapping[str, Any]:
         return {
@@ -151,7 +216,7 @@ class DaemonService:
         self.counters.decode_s += usage.decode_s
 
     def _begin(self) -> None:
-        """One more that `drain` waits for."""
+        """One more that `finish` waits for."""
         self._working += 1
         self._idle.clear()
 
@@ -167,6 +232,7 @@ class DaemonService:
     def record(self, entry: Entry) -> ModelRecord:
         state, error = self.residency.state(entry.name)
         info = entry.info
+        estimate = self.residency.estimate(entry)
         return ModelRecord(
             name=entry.name,
             state=state,
@@ -176,11 +242,15 @@ class DaemonService:
             parameters=info.parameters,
             quantization=info.quantization,
             context_length=info.context_length,
-            memory_estimate_bytes=entry.memory_estimate_bytes,
+            memory_estimate_bytes=estimate.total_bytes,
             created=entry.created,
             builtin=entry.builtin,
             transient=entry.transient,
             error=error,
+            pinned=entry.name in self.pins,
+            capabilities=_capabilities(info),
+            memory=estimate,
+            resident_bytes=self.residency.resident_bytes(entry.name),
         )
 
     # ---- what the bus has beyond that
@@ -336,6 +406,7 @@ class DaemonService:
         grave = self.registry.remove(entry.name)
         log.info("removed %s", entry.name, extra={"MODEL": entry.name})
         self.on_removed(entry.name)
+        self.pins.discard(entry.name)
         await self.residency.forget(entry.name)
         if grave is not None:
             # Gigabytes take a while to delete. What a cut leaves, the next start deletes.
@@ -388,7 +459,7 @@ class DaemonService:
         except TimeoutError:
             return "inference", False, f"{name} did not answer within 60 s"
 
-    async def drain(self) -> None:
+    async def finish(self) -> None:
         """Take no more work and let what runs finish, for as long as the configuration says."""
         self.set_state("stopping")
         try:
@@ -396,3 +467,13 @@ class DaemonService:
                 await self._idle.wait()
         except TimeoutError:
             log.warning("cancelling %d requests", self._working)
+
+
+def _capabilities(info: ModelInfo) -> tuple[str, ...]:
+    can = {
+        "generate": info.can_generate,
+        "embed": info.can_embed,
+        "rerank": info.can_rerank,
+        "classify": info.can_classify,
+    }
+    return tuple(name for name, able in can.items() if able)

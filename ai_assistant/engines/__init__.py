@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ai_assistant.engines.contract import Engine, LoadOptions
@@ -39,8 +40,12 @@ def open_model(
     path_or_fd: int | str | os.PathLike[str],
     options: LoadOptions | None = None,
     progress: Callable[[float], None] | None = None,
+    files: Mapping[str, int] = MappingProxyType({}),
 ) -> Engine:
     """Load a model with the first engine that takes its format, which its content tells.
+
+    Args:
+        files: open descriptors of what goes with the model, by name; they are not closed.
 
     Raises:
         InvalidModel: no model, or none that an engine runs.
@@ -55,6 +60,8 @@ def open_model(
             raise InvalidModel("the file is no model of a known format (GGUF)")
         for entry in ENGINES:
             if found in entry.formats:
-                engine: Engine = getattr(import_module(entry.module), entry.attribute).open(fd, options, progress)
+                engine: Engine = getattr(import_module(entry.module), entry.attribute).open(
+                    fd, options, progress, files
+                )
                 return engine
     raise NotSupported(f"there is no engine for {found.value} models", hint=_HINTS.get(found, ""))

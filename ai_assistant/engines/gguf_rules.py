@@ -7,12 +7,14 @@ What llama.cpp reports as an ordinary error, such as a missing tensor, is left t
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
 from typing import Any
 
+from ai_assistant.engines import memory
 from ai_assistant.engines.contract import LoadOptions, ModelInfo
 from ai_assistant.engines.ggml_types import can_be_weight
 from ai_assistant.engines.gguf import Array, Gguf
+from ai_assistant.engines.memory import MemoryShape, cells_per_sequence
 from ai_assistant.errors import InvalidModel
 
 MAX_LAYERS = 512
@@ -20,9 +22,11 @@ MAX_EXPERTS = 1024
 MAX_CONTEXT = 1 << 26
 MAX_VOCABULARY = 1 << 21
 _MAX_WIDTH = 1 << 20
-_DEFAULT_CONTEXT = 8192
-_LEAST_CONTEXT = 1024
-_DEFAULT_KV_BYTES = 1 << 30
+
+__all__ = [
+    "DECODERS", "ENCODERS", "MAX_CONTEXT", "RECURRENT", "cells_per_sequence", "check", "context_of",
+    "estimate_memory_bytes", "kv_bytes", "memory_shape",
+]  # fmt: skip
 
 _ENCODERS = """
     bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding
@@ -162,60 +166,41 @@ def _check_tokenizer(model: Gguf) -> None:
         raise InvalidModel(f"a {kind} tokenizer of {tokens.count} tokens cannot be")
 
 
-def context_of(model: Gguf, options: LoadOptions) -> int:
-    """Tokens per sequence that a load with these options gives.
-
-    By default what the model was trained for, up to 8192, and less where the cache for all sequences,
-    which is allocated at once, would be larger than 1 GiB.
-    """
-    trained = _integer(model, "context_length")
-    if options.context_length:
-        return min(options.context_length, trained)
-    context = min(trained, _DEFAULT_CONTEXT)
-    while context > _LEAST_CONTEXT and kv_bytes(model, replace(options, context_length=context)) > _DEFAULT_KV_BYTES:
-        context //= 2
-    return context
-
-
-def cells_per_sequence(context_length: int) -> int:
-    """Cache cells for a sequence: the library rounds up to 256."""
-    return -(-context_length // 256) * 256
-
-
-def estimate_memory_bytes(model: Gguf, options: LoadOptions | None = None) -> int:
-    """What a worker with this model needs at most, in bytes: weights, KV cache and compute buffers.
-
-    Weights count once: they are mapped, and a copy repacked for the CPU replaces the mapping.
-    """
-    options = options or LoadOptions()
-    return model.weight_bytes + kv_bytes(model, options) + _compute_bytes(model, options)
-
-
-def kv_bytes(model: Gguf, options: LoadOptions) -> int:
-    """The key-value cache (16-bit) for all sequences together, in bytes."""
+def memory_shape(model: Gguf) -> MemoryShape:
+    """The numbers of the header that memory depends on; for headers that `check` has accepted."""
     layers = _integer(model, "block_count")
     width = _integer(model, "embedding_length")
     heads = _per_layer(model, "attention.head_count", layers)
     kv_heads = _per_layer(model, "attention.head_count_kv", layers) or heads
     key = _integer(model, "attention.key_length", default=_head_width(model, width, heads), low=0)
     value = _integer(model, "attention.value_length", default=_head_width(model, width, heads), low=0)
-    cells = cells_per_sequence(context_of(model, options)) * options.sequences
-    total = sum(kv_heads) * (key + value) * 2 * cells
+    groups = Counter((each * key, each * value, 0) for each in kv_heads)
     state = _integer(model, "ssm.state_size", default=0, low=0) * _integer(model, "ssm.inner_size", default=0, low=0)
-    return total + state * 4 * layers * options.sequences
+    return MemoryShape(
+        weights_bytes=model.weight_bytes,
+        attention=tuple((count, *group) for group, count in groups.items()),
+        state_bytes=state * 4 * layers,
+        width=width,
+        hidden=max(_per_layer(model, "feed_forward_length", layers), default=0) or 4 * width,
+        vocabulary=model.tokens[0],
+        context_length=_integer(model, "context_length"),
+        runtime_bytes=48 << 20,
+    )
 
 
-def _compute_bytes(model: Gguf, options: LoadOptions) -> int:
-    width = _integer(model, "embedding_length")
-    layers = _integer(model, "block_count")
-    hidden = max(_per_layer(model, "feed_forward_length", layers), default=0) or 4 * width
-    vocabulary = model.tokens[0]
-    step = options.batch_tokens
-    activations = step * (6 * width + 3 * hidden) * 4
-    # Logits of every sequence in the graph, once more in the output buffer, and as candidates (12 bytes).
-    outputs = options.sequences * vocabulary * 20
-    mask = step * context_of(model, options) * options.sequences * 6
-    return activations + outputs + mask + (48 << 20)
+def context_of(model: Gguf, options: LoadOptions) -> int:
+    """Tokens per sequence that a load with these options gives; see `memory.context_of`."""
+    return memory.context_of(memory_shape(model), options)
+
+
+def estimate_memory_bytes(model: Gguf, options: LoadOptions | None = None) -> int:
+    """What a worker with this model takes, in bytes; `memory.estimate` has the parts."""
+    return memory.estimate(memory_shape(model), options or LoadOptions()).total_bytes
+
+
+def kv_bytes(model: Gguf, options: LoadOptions) -> int:
+    """The key-value cache for all sequences together, in bytes."""
+    return memory.kv_bytes(memory_shape(model), options)
 
 
 def _head_width(model: Gguf, width: int, heads: tuple[int, ...]) -> int:

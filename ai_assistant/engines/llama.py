@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ai_assistant.engines import gguf_rules
@@ -48,12 +49,14 @@ class LlamaEngine:
         path_or_fd: int | str | os.PathLike[str],
         options: LoadOptions | None = None,
         progress: Callable[[float], None] | None = None,
+        files: Mapping[str, int] = MappingProxyType({}),
     ) -> LlamaEngine:
         """Check and load a model.
 
         Args:
             path_or_fd: a path, or an open descriptor, which is neither closed nor needed afterwards.
             progress: called with 0.0 … 1.0 on this thread.
+            files: open descriptors of what goes with the model, by name; they are not closed.
 
         Raises:
             InvalidModel: the file is no model that this engine runs.

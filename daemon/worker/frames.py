@@ -13,6 +13,8 @@ from typing import Any
 MAX_FRAME = 16 << 20
 MAX_EVENT = 4 << 20
 """What a worker sends that is not the result of an embedding or of a tokenisation: a token, the end of an answer."""
+MAX_FILES = 32
+"""Descriptors that go with a load, the model's included."""
 _HEAD = 4
 
 

@@ -11,6 +11,7 @@ from ai_assistant.daemon.worker.frames import ProtocolError
 from ai_assistant.engines.contract import (
     MAX_LOGPROBS,
     Chunk,
+    EngineStats,
     Event,
     Finished,
     FinishReason,
@@ -25,6 +26,9 @@ from ai_assistant.errors import AIAssistantError, from_name
 _MAX_MESSAGE = 2000
 _MAX_PER_CHUNK = 64
 _MAX_CALLS = 128
+_MAX_LABEL = 200
+MAX_LABELS = 20_000
+"""Labels of one classification, over all its texts; a worker refuses to send more."""
 
 
 def event(message: dict[str, Any]) -> Event:
@@ -71,6 +75,41 @@ def _vectors(value: Any) -> tuple[list[list[float]], int]:
 
 def _tokens(value: Any) -> list[int]:
     return [_count(each) for each in _list(value, 1 << 24)]
+
+
+def _scores(value: Any) -> tuple[list[float], int]:
+    if not isinstance(value, dict):
+        raise ProtocolError("a strange answer")
+    return [_number(each) for each in _list(value.get("scores"), 1 << 20)], _count(value.get("tokens"))
+
+
+def _labels(value: Any) -> tuple[list[list[tuple[str, float]]], int]:
+    if not isinstance(value, dict):
+        raise ProtocolError("a strange answer")
+    texts = _list(value.get("labels"), MAX_LABELS)
+    return [[_label(each) for each in _list(text, MAX_LABELS)] for text in texts], _count(value.get("tokens"))
+
+
+def _label(value: Any) -> tuple[str, float]:
+    pair = _list(value, 2)
+    if len(pair) != 2:
+        raise ProtocolError("a strange label")
+    return _text(pair[0])[:_MAX_LABEL], _number(pair[1])
+
+
+def _stats(value: Any) -> EngineStats:
+    kinds: dict[str, Callable[[Any], Any]] = {"int": _count, "float": _rate}
+    known = {each.name: kinds[str(each.type)] for each in fields(EngineStats)}
+    if not isinstance(value, dict) or set(value) != set(known):
+        raise ProtocolError("strange statistics")
+    return EngineStats(**{name: read(value[name]) for name, read in known.items()})
+
+
+def _rate(value: Any) -> float:
+    number = _number(value)
+    if number < 0:
+        raise ProtocolError("a negative rate")
+    return number
 
 
 def _usage(value: Any) -> Usage:
@@ -139,5 +178,14 @@ def _list(value: Any, longest: int) -> list[Any]:
     return value
 
 
-RESULTS: dict[str, Callable[[Any], Any]] = {"embed": _vectors, "tokenize": _tokens, "ping": _count}
+RESULTS: dict[str, Callable[[Any], Any]] = {
+    "embed": _vectors,
+    "rerank": _scores,
+    "classify": _labels,
+    "tokenize": _tokens,
+    "detokenize": _text,
+    "stats": _stats,
+    "trim": _count,
+    "ping": _count,
+}
 """The reader of each operation's result."""

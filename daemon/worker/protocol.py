@@ -15,9 +15,9 @@ from typing import Any
 
 from ai_assistant.daemon.jsonshape import excess
 from ai_assistant.daemon.worker import messages
-from ai_assistant.daemon.worker.frames import MAX_EVENT, MAX_FRAME, FrameReader, ProtocolError, encode
+from ai_assistant.daemon.worker.frames import MAX_EVENT, MAX_FILES, MAX_FRAME, FrameReader, ProtocolError, encode
 from ai_assistant.daemon.worker.pending import MAX_ANSWER, Pending
-from ai_assistant.engines.contract import Event, Finished, GenerateRequest, LoadOptions, ModelInfo
+from ai_assistant.engines.contract import EngineStats, Event, Finished, GenerateRequest, LoadOptions, ModelInfo
 from ai_assistant.errors import AIAssistantError, Busy, InternalError, InvalidArgument, WorkerCrashed
 
 MAX_UNSENT = 64 << 20
@@ -26,7 +26,7 @@ MAX_LATE = 32 << 20
 """Bytes of answers to requests that were given up, until each of these has ended."""
 MAX_LEAVING = 4096
 """Requests that were given up and that the worker has not ended."""
-_LARGE = ("embed", "tokenize")
+_LARGE = ("embed", "rerank", "classify", "tokenize", "detokenize")
 _MAX_DEPTH = 16
 _MAX_VALUES = 100_000
 _MAX_NUMBERS = 4_000_000
@@ -97,11 +97,18 @@ class WorkerClient:
         return cls(sock)
 
     async def load(
-        self, fd: int, options: LoadOptions, on_progress: Callable[[float], None] | None = None
+        self,
+        fd: int,
+        options: LoadOptions,
+        on_progress: Callable[[float], None] | None = None,
+        files: Mapping[str, int] | None = None,
     ) -> ModelInfo:
-        """Hand over the model, as the first thing on the connection. The descriptor stays the caller's.
+        """Hand over the model, as the first thing on the connection. The descriptors stay the caller's.
 
-        It should be one that nobody else reads through, because copies of a descriptor share a position.
+        They should be such that nobody else reads through, because copies of a descriptor share a position.
+
+        Args:
+            files: descriptors that go with the model, by what they are: "draft", "spill", or a file's name.
 
         Raises:
             InvalidModel, OutOfMemory, NotSupported: the worker refuses it.
@@ -109,12 +116,17 @@ class WorkerClient:
         """
         if self._transport is not None or self._closing:
             raise InternalError("a worker loads one model only")
-        frame = encode({"op": "load", "id": 0, "options": {**asdict(options), "extra": dict(options.extra)}})
+        others = dict(files or {})
+        if "model" in others or len(others) >= MAX_FILES:
+            raise InternalError("these files cannot go with a model")
+        names = ["model", *others]
+        settings = {**asdict(options), "extra": dict(options.extra)}
+        frame = encode({"op": "load", "id": 0, "options": settings, "files": names})
         pending = self._pending[0] = Pending("load")
         pending.progress = on_progress
         try:
-            # The descriptor travels with the first byte; a fresh socket has room for at least that.
-            sent = socket.send_fds(self._sock, [frame], [fd])
+            # The descriptors travel with the first byte; a fresh socket has room for at least that.
+            sent = socket.send_fds(self._sock, [frame], [fd, *others.values()])
             await self._loop.sock_sendall(self._sock, frame[sent:])
             transport, _ = await self._loop.create_unix_connection(lambda: _Wire(self), sock=self._sock)
         except OSError as error:
@@ -151,11 +163,41 @@ class WorkerClient:
     async def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         """Vectors in the order of `texts`, and the number of tokens read."""
         found: tuple[list[list[float]], int] = await self._call("embed", {"texts": list(texts)})
+        if len(found[0]) != len(texts):
+            raise self._lied("embedded something else than the texts")
         return found
 
     async def tokenize(self, text: str) -> list[int]:
         found: list[int] = await self._call("tokenize", {"text": text})
         return found
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        found: str = await self._call("detokenize", {"tokens": list(tokens)})
+        return found
+
+    async def rerank(self, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
+        """A score for each document, and the number of tokens read."""
+        found: tuple[list[float], int] = await self._call("rerank", {"query": query, "documents": list(documents)})
+        if len(found[0]) != len(documents):
+            raise self._lied("scored something else than the documents")
+        return found
+
+    async def classify(self, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
+        """The labels of each text with their probabilities, and the number of tokens read."""
+        found: tuple[list[list[tuple[str, float]]], int] = await self._call("classify", {"texts": list(texts)})
+        if len(found[0]) != len(texts):
+            raise self._lied("classified something else than the texts")
+        return found
+
+    async def stats(self) -> EngineStats:
+        """What the engine does right now."""
+        found: EngineStats = await self._call("stats", {})
+        return found
+
+    async def trim(self) -> int:
+        """Let the engine drop what it can have again without loading; the bytes that it freed."""
+        freed: int = await self._call("trim", {})
+        return freed
 
     async def ping(self) -> int:
         """Ask the worker's reader, which answers while it generates, too: the steps it has made so far."""
@@ -214,6 +256,10 @@ class WorkerClient:
             if stalled >= self._stalled_rounds:
                 self._give_up("makes no progress")
                 return
+
+    def _lied(self, how: str) -> WorkerCrashed:
+        self._give_up(how)
+        return WorkerCrashed(f"the worker that held the model {how}", hint=_RESTARTED)
 
     def _give_up(self, how: str) -> None:
         self._end(f"the worker {how}", WorkerCrashed(f"the worker that held the model {how}", hint=_RESTARTED))

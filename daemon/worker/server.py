@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import select
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from typing import Any
 
-from ai_assistant.daemon.worker.frames import MAX_EVENT, FrameReader, ProtocolError, encode, framed
+from ai_assistant.daemon.worker.frames import MAX_EVENT, MAX_FILES, FrameReader, ProtocolError, encode, framed
+from ai_assistant.daemon.worker.messages import MAX_LABELS
 from ai_assistant.daemon.worker.stall import STALL_S, StallTimer
 from ai_assistant.engines.contract import (
     Chunk,
@@ -39,6 +41,9 @@ MAX_REQUESTS = 128
 _POOL_BEYOND_SEQUENCES = 16
 _SIDE_THREADS = 2
 """For embeddings, which the engine makes one after the other, and a tokenisation beside them."""
+_CONTROL = ("stats", "trim")
+"""Answered while everything else is full or waits."""
+_MAX_CONTROL = 16
 BROKEN_STATUS = 3
 _HEADROOM_BYTES = 512 << 20
 """Beyond the model's memory limit: the interpreter, and stacks, which count as reserved and not as used."""
@@ -47,7 +52,8 @@ _PACE_S = 0.02
 """Between two writes for one generation, after its first. Each write wakes the daemon and its client, and with
 as many decoding threads as cores every wake-up stops a decode step; nobody reads faster than 50 times a second."""
 
-Open = Callable[[int, LoadOptions, Callable[[float], None]], Engine]
+Open = Callable[[int, LoadOptions, Callable[[float], None], Mapping[str, int]], Engine]
+"""(model, options, progress, descriptors of the files that go with it, by name); these stay the caller's."""
 
 
 class WorkerServer:
@@ -69,7 +75,9 @@ class WorkerServer:
         self._pool = ThreadPoolExecutor(1, "request")
         # Texts of many batches must not keep the threads that pass generations on.
         self._side = ThreadPoolExecutor(_SIDE_THREADS, "side")
+        self._control = ThreadPoolExecutor(1, "control")
         self._active: dict[int, _Request] = {}
+        self._controls = 0
         self._finished = 0
         self._lock = threading.Lock()
         self._stall = StallTimer(stall_s)
@@ -84,7 +92,7 @@ class WorkerServer:
         while True:
             self._await_frame()
             try:
-                data, fds, _flags, _address = socket.recv_fds(self._sock, _RECEIVE, 4, socket.MSG_CMSG_CLOEXEC)
+                data, fds, _flags, _address = socket.recv_fds(self._sock, _RECEIVE, MAX_FILES, socket.MSG_CMSG_CLOEXEC)
             except ConnectionError:
                 return
             if not data:
@@ -119,7 +127,7 @@ class WorkerServer:
                 self._send({"id": number, "event": "result", "value": self._progress()})
             elif self._engine is None:
                 raise InvalidArgument("no model is loaded")
-            elif op in ("generate", "embed", "tokenize"):
+            elif op in self._operations:
                 self._accept(number, op, message)
             else:
                 raise InvalidArgument(f"the operation {op[:40]!r} is unknown")
@@ -129,21 +137,24 @@ class WorkerServer:
     def _load(self, message: dict[str, Any], fds: list[int]) -> None:
         if self._loading or message["id"] != 0:
             raise InvalidArgument("a worker loads one model only")
-        if len(fds) != 1:
-            raise InvalidArgument("a load needs exactly one descriptor")
+        names = _names(message.get("files", ["model"]))
+        if len(fds) != len(names):
+            raise InvalidArgument(f"a load needs a descriptor for each of its {len(names)} files")
         options = _options(message.get("options"))
         self._loading = True
         limit_memory(options.memory_limit_bytes)
         self._stall.keep(True)
         # Not on this thread, so that the daemon's end is noticed while a large file is read.
-        threading.Thread(target=self._load_model, args=(os.dup(fds[0]), options), name="load", daemon=True).start()
+        files = dict(zip(names, map(os.dup, fds), strict=True))
+        threading.Thread(target=self._load_model, args=(files, options), name="load", daemon=True).start()
 
-    def _load_model(self, fd: int, options: LoadOptions) -> None:
+    def _load_model(self, files: dict[str, int], options: LoadOptions) -> None:
         def progress(value: float) -> None:
             self._send({"id": 0, "event": "progress", "value": value})
 
         try:
-            engine = self._open_model(fd, options, progress)
+            others = {name: fd for name, fd in files.items() if name != "model"}
+            engine = self._open_model(files["model"], options, progress, others)
             queued = options.extra.get("max_queued", MAX_REQUESTS)
             self._pool = ThreadPoolExecutor(options.sequences + min(queued, _POOL_BEYOND_SEQUENCES), "request")
             self._engine = engine
@@ -155,20 +166,35 @@ class WorkerServer:
         except Exception as error:
             self._send_error(0, InternalError(f"loading failed: {type(error).__name__}: {error}"))
         finally:
-            os.close(fd)
+            for fd in files.values():
+                os.close(fd)
+
+    @property
+    def _operations(self) -> Mapping[str, Callable[[int, _Request, dict[str, Any]], None]]:
+        return {
+            "generate": self._generate,
+            "embed": self._embed,
+            "rerank": self._rerank,
+            "classify": self._classify,
+            "tokenize": self._tokenize,
+            "detokenize": self._detokenize,
+            "stats": self._stats,
+            "trim": self._trim,
+        }
 
     def _accept(self, number: int, op: str, message: dict[str, Any]) -> None:
         with self._lock:
             if number in self._active:
                 raise ProtocolError(f"request {number} is already running")
-            if len(self._active) >= MAX_REQUESTS:
-                raise Busy(f"{len(self._active)} requests are waiting", hint="try again later")
+            waiting, most = (self._controls, _MAX_CONTROL) if op in _CONTROL else (len(self._active), MAX_REQUESTS)
+            if waiting >= most:
+                raise Busy(f"{waiting} requests are waiting", hint="try again later")
             request = self._active[number] = _Request()
+            self._controls += op in _CONTROL
         # Before the work begins: it may keep the interpreter from this thread at once.
         self._stall.keep(True)
-        work = {"generate": self._generate, "embed": self._embed, "tokenize": self._tokenize}[op]
-        pool = self._pool if op == "generate" else self._side
-        pool.submit(self._run, number, request, work, message)
+        pool = self._pool if op == "generate" else self._control if op in _CONTROL else self._side
+        pool.submit(self._run, number, request, self._operations[op], message)
 
     def _progress(self) -> int:
         """Grows whenever something was done, so that the daemon can tell slow from stuck."""
@@ -199,6 +225,7 @@ class WorkerServer:
         finally:
             with self._lock:
                 self._active.pop(number, None)
+                self._controls -= message["op"] in _CONTROL
                 self._finished += 1
 
     def _leave_if_broken(self) -> None:
@@ -212,8 +239,7 @@ class WorkerServer:
         values = message.get("request")
         if not isinstance(values, dict):
             raise InvalidArgument("a generation without a request")
-        assert self._engine is not None
-        generation = self._engine.generate(GenerateRequest.from_dict(values))
+        generation = self._loaded.generate(GenerateRequest.from_dict(values))
         request.attach(generation)
         try:
             if isinstance(generation, PacedGeneration):
@@ -226,19 +252,57 @@ class WorkerServer:
             generation.cancel()
 
     def _embed(self, number: int, request: _Request, message: dict[str, Any]) -> None:
-        texts = message.get("texts")
-        if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
-            raise InvalidArgument("texts must be a list of strings", param="input")
-        assert self._engine is not None
-        vectors, tokens = self._engine.embed(texts, lambda: request.cancelled)
-        self._send({"id": number, "event": "result", "value": {"vectors": vectors, "tokens": tokens}})
+        texts = _texts(message, "texts", "input")
+        vectors, tokens = self._loaded.embed(texts, lambda: request.cancelled)
+        for vector in vectors:
+            _check_finite(vector)
+        self._result(number, {"vectors": vectors, "tokens": tokens})
+
+    def _rerank(self, number: int, request: _Request, message: dict[str, Any]) -> None:
+        query = message.get("query")
+        if not isinstance(query, str):
+            raise InvalidArgument("query must be a string", param="query")
+        documents = _texts(message, "documents", "documents")
+        scores, tokens = self._loaded.rerank(query, documents, lambda: request.cancelled)
+        _check_finite(scores)
+        self._result(number, {"scores": scores, "tokens": tokens})
+
+    def _classify(self, number: int, request: _Request, message: dict[str, Any]) -> None:
+        texts = _texts(message, "texts", "input")
+        labels, tokens = self._loaded.classify(texts, lambda: request.cancelled)
+        if (count := sum(map(len, labels))) > MAX_LABELS:
+            raise InvalidArgument(f"the answer has {count} labels, more than {MAX_LABELS}", hint="send fewer texts")
+        for text in labels:
+            _check_finite(probability for _, probability in text)
+        self._result(number, {"labels": labels, "tokens": tokens})
 
     def _tokenize(self, number: int, _request: _Request, message: dict[str, Any]) -> None:
         text = message.get("text")
         if not isinstance(text, str):
             raise InvalidArgument("text must be a string")
+        self._result(number, self._loaded.tokenize(text))
+
+    def _detokenize(self, number: int, _request: _Request, message: dict[str, Any]) -> None:
+        tokens = message.get("tokens")
+        if not isinstance(tokens, list):
+            raise InvalidArgument("tokens must be a list", param="tokens")
+        self._result(number, self._loaded.detokenize(tokens))
+
+    def _stats(self, number: int, _request: _Request, _message: dict[str, Any]) -> None:
+        values = asdict(self._loaded.stats())
+        # A rate over no time is no number; the daemon would end a worker that sends one.
+        self._result(number, {key: each if math.isfinite(each) else 0.0 for key, each in values.items()})
+
+    def _trim(self, number: int, _request: _Request, _message: dict[str, Any]) -> None:
+        self._result(number, self._loaded.trim())
+
+    @property
+    def _loaded(self) -> Engine:
         assert self._engine is not None
-        self._send({"id": number, "event": "result", "value": self._engine.tokenize(text)})
+        return self._engine
+
+    def _result(self, number: int, value: Any) -> None:
+        self._send({"id": number, "event": "result", "value": value})
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
@@ -286,6 +350,31 @@ def _event_frame(number: int, event: Event) -> bytes:
         body = f'{{"id":{number},"event":"chunk","text":{json.dumps(event.text)}}}'.encode()
         return framed(body, MAX_EVENT)
     return encode({"id": number, **event_to_dict(event)}, MAX_EVENT)
+
+
+def _texts(message: Mapping[str, Any], key: str, param: str) -> list[str]:
+    texts = message.get(key)
+    if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
+        raise InvalidArgument(f"{key} must be a list of strings", param=param)
+    return texts
+
+
+def _check_finite(numbers: Iterable[float]) -> None:
+    # Damaged weights; JSON has no such values, so the daemon would take it for the end of the worker.
+    if not all(map(math.isfinite, numbers)):
+        raise InternalError("the model computes values that are no numbers", hint="its file may be damaged")
+
+
+def _names(value: Any) -> list[str]:
+    if (
+        not isinstance(value, list)
+        or not 1 <= len(value) <= MAX_FILES
+        or not all(isinstance(each, str) for each in value)
+        or value[0] != "model"
+        or len(set(value)) != len(value)
+    ):
+        raise InvalidArgument("the files of a load are named, each once, the model first", param="files")
+    return value
 
 
 def _options(values: Any) -> LoadOptions:

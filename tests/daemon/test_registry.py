@@ -62,7 +62,7 @@ def test_scan_finds_both_folders_and_skips_what_is_broken(tmp_path: Path, tiny_m
     assert found.get("mine").name == "mine:10"
     assert found.get("mine:9").created == 5
     assert found.get("mine").info.architecture == "llama"
-    assert found.get("mine").memory_estimate_bytes > found.get("mine").info.parameters
+    assert found.get("mine").memory.weights_bytes > found.get("mine").info.parameters
 
 
 def test_scan_removes_what_interrupted_imports_left(tmp_path: Path, tiny_model: Path) -> None:

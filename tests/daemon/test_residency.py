@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from ai_assistant.daemon.registry import Entry
 from ai_assistant.daemon.residency import Residency, Worker, memory_limit
 from ai_assistant.engines.contract import (
     Chunk,
+    EngineStats,
     Event,
     Finished,
     FinishReason,
@@ -25,6 +26,7 @@ from ai_assistant.engines.contract import (
     ModelInfo,
     Usage,
 )
+from ai_assistant.engines.memory import MemoryShape
 from ai_assistant.errors import (
     AIAssistantError,
     Busy,
@@ -73,7 +75,11 @@ class Scripted:
         self.closed_generations = 0
 
     async def load(
-        self, fd: int, options: LoadOptions, on_progress: Callable[[float], None] | None = None
+        self,
+        fd: int,
+        options: LoadOptions,
+        on_progress: Callable[[float], None] | None = None,
+        files: Mapping[str, int] | None = None,
     ) -> ModelInfo:
         self.lab.loads.append(options)
         if on_progress is not None:
@@ -100,6 +106,21 @@ class Scripted:
 
     async def tokenize(self, text: str) -> list[int]:
         return [1]
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        return "a"
+
+    async def rerank(self, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
+        return [0.5 for _ in documents], len(documents)
+
+    async def classify(self, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
+        return [[("a", 1.0)] for _ in texts], len(texts)
+
+    async def stats(self) -> EngineStats:
+        return EngineStats(running=1)
+
+    async def trim(self) -> int:
+        return 0
 
     def crash(self) -> None:
         self.lab.free += self.taken
@@ -131,7 +152,7 @@ def lab() -> Lab:
 def entries(tmp_path: Path) -> dict[str, Entry]:
     path = tmp_path / "model"
     path.write_bytes(b"x")
-    return {name: Entry(f"{name}:1", INFO, 300 * MIB, 0, path=path) for name in "abcd"}
+    return {name: Entry(f"{name}:1", INFO, MemoryShape(weights_bytes=300 * MIB), 0, path=path) for name in "abcd"}
 
 
 def make(lab: Lab, config: Config, counters: Counters | None = None) -> Residency:
@@ -341,12 +362,12 @@ async def test_a_load_that_can_never_fit_evicts_nobody(lab: Lab, config: Config,
     residency = make(lab, config)
     for name in ("a", "b"):
         await ask(residency, entries[name])
-    huge = dataclasses.replace(entries["c"], memory_estimate_bytes=1001 * MIB)
+    huge = dataclasses.replace(entries["c"], memory=MemoryShape(weights_bytes=1001 * MIB))
     with pytest.raises(OutOfMemory, match=f"{400 * MIB} bytes are available"):
         await ask(residency, huge)
     assert len(lab.alive) == 2
     # With all idle ones gone this one fits.
-    await ask(residency, dataclasses.replace(entries["d"], memory_estimate_bytes=1000 * MIB))
+    await ask(residency, dataclasses.replace(entries["d"], memory=MemoryShape(weights_bytes=1000 * MIB)))
     assert len(lab.alive) == 1
 
 
@@ -355,7 +376,7 @@ async def test_memory_is_promised_only_to_those_that_have_room(
 ) -> None:
     residency = make(lab, config)
     lab.free, lab.load_s = 650 * MIB, 0.05
-    huge = dataclasses.replace(entries["c"], memory_estimate_bytes=900 * MIB)
+    huge = dataclasses.replace(entries["c"], memory=MemoryShape(weights_bytes=900 * MIB))
     results = await asyncio.gather(
         ask(residency, huge), ask(residency, entries["a"]), ask(residency, entries["b"]), return_exceptions=True
     )

@@ -22,12 +22,14 @@ from ai_assistant.daemon.bus.model import ModelObject
 from ai_assistant.daemon.contract import Counters, Scope, caller
 from ai_assistant.daemon.inspection import Inspection
 from ai_assistant.daemon.jobs import JobTable
+from ai_assistant.daemon.pins import Pins
 from ai_assistant.daemon.publish import Publisher
 from ai_assistant.daemon.registry import Entry, Registry, check_descriptor
 from ai_assistant.daemon.residency import Residency, load_options
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.status import Machine
 from ai_assistant.engines.contract import GenerateRequest
+from ai_assistant.engines.memory import MemoryShape
 from ai_assistant.errors import Busy, InvalidModel, NoSuchModel
 from ai_assistant.services.connection import Call, Connection
 from tests.daemon.test_registry import put
@@ -48,9 +50,10 @@ def service(tmp_path: Path, tiny_model: Path, lab: Lab) -> Iterator[DaemonServic
     registry = Registry(tmp_path / "image", tmp_path / "state", load_options(config))
     registry.scan()
     counters = Counters()
-    residency = Residency(config, lab.connect, lambda: 1 << 40, counters)
+    pins = Pins(tmp_path / "pins.json")
+    residency = Residency(config, lab.connect, lambda: 1 << 40, counters, pinned=pins.__contains__)
     jobs = JobTable(per_owner=config.limits_jobs_per_caller)
-    made = DaemonService(config, registry, residency, jobs, Machine(Path("/"), tmp_path), counters)
+    made = DaemonService(config, registry, residency, jobs, Machine(Path("/"), tmp_path), counters, pins)
     made.set_state("running")
     yield made
     caller.set(None)
@@ -140,7 +143,7 @@ async def test_a_stop_waits_for_embeddings_and_tokens(service: DaemonService, la
     running: list[asyncio.Future[Any]] = [asyncio.ensure_future(service.embed("assistant", ["x"]))]
     running.append(asyncio.ensure_future(service.tokenize("assistant", "x")))
     await asyncio.sleep(0.05)
-    await service.drain()
+    await service.finish()
     assert all(each.done() and each.exception() is None for each in running)
     await service.residency.close()
 
@@ -167,7 +170,7 @@ def test_writable_descriptors_are_not_handed_on(tmp_path: Path, tiny_model: Path
     path = tmp_path / "copy"
     path.write_bytes(tiny_model.read_bytes())
     fd = os.open(path, os.O_RDWR)
-    entry = registry.add_transient(fd, Inspection(INFO, 1), "x", ":1.5", MINE, 1)
+    entry = registry.add_transient(fd, Inspection(INFO, MemoryShape(weights_bytes=1)), "x", ":1.5", MINE, 1)
     check_descriptor(fd)
     other = entry.open()
     assert fcntl.fcntl(other, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY

@@ -16,6 +16,7 @@ from typing import Any
 from ai_assistant.daemon.contract import Counters, ModelRecord, ModelState
 from ai_assistant.engines.contract import (
     Chunk,
+    EngineStats,
     Event,
     Finished,
     FinishReason,
@@ -24,6 +25,7 @@ from ai_assistant.engines.contract import (
     ToolCall,
     Usage,
 )
+from ai_assistant.engines.memory import MemoryEstimate
 from ai_assistant.errors import NoSuchModel
 
 RECORD = ModelRecord(
@@ -38,6 +40,8 @@ RECORD = ModelRecord(
     memory_estimate_bytes=9_000_000,
     created=1_750_000_000,
     builtin=True,
+    capabilities=("generate", "embed"),
+    memory=MemoryEstimate(weights_bytes=4_000_000, kv_bytes=3_000_000, compute_bytes=2_000_000),
 )
 
 
@@ -56,6 +60,9 @@ class FakeService:
         self.problem = "ok"
         self.errors: dict[str, BaseException] = {}
         self.requests: list[GenerateRequest] = []
+        self.kept: list[float | None] = []
+        """The `keep_alive_s` of each generation and embedding."""
+        self.engine_stats = EngineStats(running=1, sequences=4, kv_cells=8192, kv_used=100, decode_tokens_per_s=12.5)
         self.begun = 0
         self.finished = 0
         self.closed_early = 0
@@ -73,8 +80,11 @@ class FakeService:
                 return each
         raise NoSuchModel(f"there is no model {name!r}", hint="see ai-assistant model list", param="model")
 
-    async def generate(self, name: str, request: GenerateRequest) -> AsyncGenerator[Event]:
+    async def generate(
+        self, name: str, request: GenerateRequest, keep_alive_s: float | None = None
+    ) -> AsyncGenerator[Event]:
         self.requests.append(request)
+        self.kept.append(keep_alive_s)
         self.begun += 1
         try:
             async for event in self._events(request):
@@ -89,13 +99,45 @@ class FakeService:
             self.closed.set()
             raise
 
-    async def embed(self, name: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+    async def embed(
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+    ) -> tuple[list[list[float]], int]:
         self._maybe_raise(texts[0])
+        self.kept.append(keep_alive_s)
         vectors = [[math.sin(len(text) + k) for k in range(4)] for text in texts]
         return vectors, sum(len(text.split()) for text in texts)
 
     async def tokenize(self, name: str, text: str) -> list[int]:
         return [len(word) for word in text.split()]
+
+    async def detokenize(self, name: str, tokens: Sequence[int]) -> str:
+        return " ".join("x" * each for each in tokens)
+
+    async def rerank(self, name: str, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
+        """The share of the query's words that a document has."""
+        self._maybe_raise(query)
+        wanted = set(query.split())
+        return [len(wanted & set(each.split())) / len(wanted) for each in documents], len(documents) * len(wanted)
+
+    async def classify(self, name: str, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
+        self._maybe_raise(texts[0])
+        return [[("long", 0.75), ("short", 0.25)] for _ in texts], sum(len(text.split()) for text in texts)
+
+    async def stats(self) -> Mapping[str, EngineStats]:
+        return {each.name: self.engine_stats for each in self.records if each.state is ModelState.LOADED}
+
+    def estimate(self, name: str, context_length: int = 0, sequences: int = 0) -> MemoryEstimate:
+        return replace(self.model(name).memory, kv_bytes=1024 * (context_length or 2048) * (sequences or 4))
+
+    async def pin(self, name: str, pinned: bool) -> None:
+        wanted = self.model(name).name
+        self.records = [replace(each, pinned=pinned) if each.name == wanted else each for each in self.records]
+
+    async def drain(self, name: str) -> None:
+        wanted = self.model(name).name
+        self.records = [
+            replace(each, state=ModelState.UNLOADED) if each.name == wanted else each for each in self.records
+        ]
 
     def health(self) -> str:
         return self.problem

@@ -17,6 +17,7 @@ from pathlib import Path
 from ai_assistant.daemon import config as configuration
 from ai_assistant.daemon.contract import Counters
 from ai_assistant.daemon.jobs import JobTable
+from ai_assistant.daemon.pins import Pins
 from ai_assistant.daemon.registry import Registry
 from ai_assistant.daemon.residency import Residency, Worker, load_options
 from ai_assistant.daemon.service import DaemonService
@@ -39,9 +40,10 @@ async def local_service(folder: Path) -> AsyncIterator[DaemonService]:
     config = configuration.load(folder)
     counters = Counters()
     machine = Machine(Path("/"), folder)
+    pins = Pins(folder / "pins.json")
     registry = Registry(folder / "builtin", folder / "models", load_options(config))
-    residency = Residency(config, connect, machine.memory_available, counters)
-    service = DaemonService(config, registry, residency, JobTable(per_owner=8), machine, counters)
+    residency = Residency(config, connect, machine.memory_available, counters, pinned=pins.__contains__)
+    service = DaemonService(config, registry, residency, JobTable(per_owner=8), machine, counters, pins)
     service.set_state("running")
     try:
         yield service

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 from ai_assistant.daemon.worker.__main__ import _leave
@@ -18,6 +20,7 @@ from ai_assistant.daemon.worker.server import WorkerServer
 from ai_assistant.engines.contract import (
     Chunk,
     Engine,
+    EngineStats,
     Event,
     Finished,
     FinishReason,
@@ -37,7 +40,8 @@ _INFO = ModelInfo(
 class ScriptedEngine:
     info = _INFO
 
-    def __init__(self) -> None:
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self.files = files
         self.steps = 0
         self.broken = False
 
@@ -59,6 +63,27 @@ class ScriptedEngine:
 
     def tokenize(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The content of a file that came with the model when asked for no tokens."""
+        return bytes(tokens).decode() if tokens else repr(dict(self.files))
+
+    def rerank(
+        self, query: str, documents: Sequence[str], cancelled: Callable[[], bool] | None = None
+    ) -> tuple[list[float], int]:
+        return [math.nan if each == "nan" else float(each == query) for each in documents], len(documents)
+
+    def classify(
+        self, texts: Sequence[str], cancelled: Callable[[], bool] | None = None
+    ) -> tuple[list[list[tuple[str, float]]], int]:
+        count = int(texts[0]) if texts[0].isdecimal() else 1
+        return [[(f"label {k}", 1 / count) for k in range(count)] for _ in texts], len(texts)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=1, decode_tokens_per_s=math.nan, prefill_tokens_per_s=math.inf)
+
+    def trim(self) -> int:
+        return 4096
 
     def close(self) -> None: ...
 
@@ -93,8 +118,8 @@ class _Scripted:
         yield Finished(FinishReason.STOP, Usage(0, 0))
 
 
-def _open(_fd: int, _options: LoadOptions, _progress: Callable[[float], None]) -> Engine:
-    return cast(Engine, ScriptedEngine())
+def _open(_fd: int, _options: LoadOptions, _progress: Callable[[float], None], files: Mapping[str, int]) -> Engine:
+    return cast(Engine, ScriptedEngine({name: os.pread(fd, 64, 0) for name, fd in files.items()}))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from ai_assistant.errors import Busy, ContextOverflow, InternalError, InvalidMod
 
 _INFO = {
     "format": "gguf", "architecture": "llama", "parameters": 1, "size_bytes": 2, "quantization": "F32",
-    "context_length": 3, "has_chat_template": True, "can_embed": False, "name": "n",
+    "context_length": 3, "has_chat_template": True, "can_embed": False, "name": "n", "can_generate": True,
+    "can_rerank": False, "can_classify": False,
 }  # fmt: skip
 _REQUEST = GenerateRequest(prompt="x")
 _END = {"event": "finished", "reason": "stop", "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0,
