@@ -82,8 +82,10 @@ class Judge:
         problems = gpt.layout_problems(tables.used, self.medium.size)
         for each in self._brought.partitions:
             same = [other for other in tables.used.partitions if other.number == each.number]
-            if not same or (same[0].start, same[0].size, same[0].type_uuid, same[0].uuid) != (
-                *(each.start, each.size, each.type_uuid, each.uuid),
+            # The boot partition is given an id of the machine's own.
+            own = each.kind != "esp"
+            if not same or (same[0].start, same[0].size, same[0].type_uuid, same[0].uuid if own else "") != (
+                *(each.start, each.size, each.type_uuid, each.uuid if own else ""),
             ):
                 problems.append(f"partition {each.number} ({each.label}) is not where the image had it")
         problems += self._slots(state) + list(self._esp(state))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,22 @@ def test_errors_of_the_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "losetup").chmod(0o755)
     with pytest.raises(AIAssistantError, match="losetup: losetup: no free loop device"):
         partition(disk, [])
+
+
+@pytest.mark.tools
+def test_a_disk_gets_ids_of_its_own(tmp_path: Path) -> None:
+    """Those of the disk and its boot partition; root keeps its own, which are halves of its verity hash."""
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.truncate(64 << 20)
+    script = f"label: gpt\nsize=8MiB, type={gpt.ESP}, name=esp\nsize=8MiB, type={gpt.ROOT}, name=root_0.1.0\n"
+    subprocess.run(["sfdisk", "--quiet", disk], input=script, text=True, check=True)
+    before = partitioning._table(disk)
+    partitioning._own_identity(disk)
+    after = partitioning._table(disk)
+    assert after.uuid != before.uuid
+    assert after.partitions[0].uuid != before.partitions[0].uuid
+    assert after.partitions[1] == before.partitions[1]
+    assert replace(after.partitions[0], uuid=before.partitions[0].uuid) == before.partitions[0]
+    with disk.open("rb") as file:
+        assert gpt.has_backup(lambda offset, size: os.pread(file.fileno(), size, offset), after)
