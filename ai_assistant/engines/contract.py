@@ -45,6 +45,8 @@ class GenerateRequest:
     """OpenAI tool definitions: {"type": "function", "function": {"name", "description", "parameters"}}."""
     tool_choice: str = "auto"
     """none | auto | required | the name of one function."""
+    parallel_tool_calls: bool = True
+    """Whether one answer may have several calls."""
     response_schema: Mapping[str, Any] | None = None
     """A JSON schema that the whole answer must match; {} means any JSON object."""
     response_regex: str | None = None
@@ -166,9 +168,9 @@ def _checked(key: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InvalidArgument(f"{key} must be a number", param=key)
         return float(value)
-    if key == "ignore_eos":
+    if key in ("ignore_eos", "parallel_tool_calls"):
         if not isinstance(value, bool):
-            raise InvalidArgument("ignore_eos must be true or false", param=key)
+            raise InvalidArgument(f"{key} must be true or false", param=key)
         return value
     if key == "logit_bias":
         return _biases(value)

@@ -174,7 +174,7 @@ class LlamaEngine:
         prompt = self._prompt(request, functions)
         limit = self._limit(len(prompt), request.max_tokens)
         grammar = _grammar(request, functions if forced else ())
-        sampler = Sampler(self._lib, self._vocabulary.native, self._vocabulary.size, request, grammar)
+        sampler = Sampler(self._lib, self._vocabulary.native, self._vocabulary.size, request, grammar, prompt)
         task = Task(prompt, limit, sampler, _output(request, functions, forced), request.logprobs)
         task.submitted = started
         try:
@@ -394,6 +394,10 @@ def _grammar(request: GenerateRequest, forced: Sequence[Any]) -> str | None:
         return grammar_of(call_schema(forced, request.tool_choice), param="tools")
     if request.response_schema is not None:
         return grammar_of(request.response_schema)
+    if request.response_regex is not None:
+        from ai_assistant.engines.regex_grammar import grammar_of_regex
+
+        return grammar_of_regex(request.response_regex)
     return None
 
 
@@ -403,6 +407,6 @@ def _output(request: GenerateRequest, functions: Sequence[Any], forced: bool) ->
     names = frozenset(str(each["name"]) for each in functions)
     if forced:
         return ForcedCall(names)
-    if names and request.response_schema is None:
+    if names and request.response_schema is None and request.response_regex is None:
         return AutoCalls(request.stop, names)
     return PlainOutput(request.stop, enforced=request.response_schema is not None)

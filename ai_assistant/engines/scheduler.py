@@ -353,7 +353,7 @@ class Scheduler:
             extra = (logprobs_of(logits, token, task.top, vocabulary.piece),)
         if text or extra:
             task.events.put(Chunk(text, extra))
-        if task.output.stopped or task.output.complete:
+        if task.output.stopped or task.output.complete or task.sampler.complete:
             # A complete answer needs no further step in which only an end token would be allowed.
             self._release(slot)
             task.finish(FinishReason.STOP)
