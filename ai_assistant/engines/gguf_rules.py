@@ -7,13 +7,12 @@ What llama.cpp reports as an ordinary error, such as a missing tensor, is left t
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
 from ai_assistant.engines import memory
 from ai_assistant.engines.contract import LoadOptions, ModelInfo
 from ai_assistant.engines.ggml_types import can_be_weight
 from ai_assistant.engines.gguf import Array, Gguf
+from ai_assistant.engines.gguf_fields import head_width, integer, per_layer, text
+from ai_assistant.engines.gguf_memory import shape_of
 from ai_assistant.engines.memory import MemoryShape, cells_per_sequence
 from ai_assistant.errors import InvalidModel
 
@@ -25,7 +24,7 @@ _MAX_WIDTH = 1 << 20
 
 __all__ = [
     "DECODERS", "ENCODERS", "MAX_CONTEXT", "RECURRENT", "cells_per_sequence", "check", "context_of",
-    "estimate_memory_bytes", "kv_bytes", "memory_shape",
+    "estimate_memory_bytes", "kv_bytes", "kv_type_of", "memory_shape",
 ]  # fmt: skip
 
 _ENCODERS = """
@@ -74,10 +73,10 @@ def check(model: Gguf) -> ModelInfo:
         parameters=model.parameters,
         size_bytes=model.size_bytes,
         quantization=model.quantization,
-        context_length=_integer(model, "context_length"),
+        context_length=integer(model, "context_length"),
         has_chat_template=bool(model.chat_template),
         can_embed=architecture in ENCODERS or (architecture in DECODERS and architecture not in RECURRENT),
-        name=_text(model, "general.name")[:200],
+        name=text(model, "general.name")[:200],
     )
 
 
@@ -85,8 +84,8 @@ def _check_kind(model: Gguf) -> None:
     architecture = model.architecture
     if not architecture:
         raise InvalidModel("the file does not say what architecture it has")
-    if _text(model, "general.type") not in ("", "model"):
-        raise InvalidModel(f"the file is not a whole model but of type {_text(model, 'general.type')[:40]!r}")
+    if text(model, "general.type") not in ("", "model"):
+        raise InvalidModel(f"the file is not a whole model but of type {text(model, 'general.type')[:40]!r}")
     if model.integer("split.count", 0) > 1:
         raise InvalidModel(
             "the file is one part of a split model", hint="join the parts first: llama-gguf-split --merge"
@@ -96,26 +95,26 @@ def _check_kind(model: Gguf) -> None:
 
 
 def _check_shape(model: Gguf) -> None:
-    layers = _integer(model, "block_count", high=MAX_LAYERS)
-    width = _integer(model, "embedding_length", high=_MAX_WIDTH)
-    _integer(model, "context_length", high=MAX_CONTEXT)
-    heads = _per_layer(model, "attention.head_count", layers, required=model.architecture not in RECURRENT)
-    kv_heads = _per_layer(model, "attention.head_count_kv", layers) or heads
-    _per_layer(model, "feed_forward_length", layers, high=1 << 24)
+    layers = integer(model, "block_count", high=MAX_LAYERS)
+    width = integer(model, "embedding_length", high=_MAX_WIDTH)
+    integer(model, "context_length", high=MAX_CONTEXT)
+    heads = per_layer(model, "attention.head_count", layers, required=model.architecture not in RECURRENT)
+    kv_heads = per_layer(model, "attention.head_count_kv", layers) or heads
+    per_layer(model, "feed_forward_length", layers, high=1 << 24)
     for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        length = _integer(model, name, default=0, low=0, high=65_536)
+        length = integer(model, name, default=0, low=0, high=65_536)
         if length % 2:
             raise InvalidModel(f"{model.architecture}.{name} is {length}, which is odd")
     for position, (head, kv_head) in enumerate(zip(heads, kv_heads, strict=True)):
         if head and kv_head and head % kv_head:
             raise InvalidModel(f"layer {position} has {head} heads, no multiple of its {kv_head} key-value heads")
-    head_width = _head_width(model, width, heads)
+    one_head = head_width(model, width, heads)
     if heads and heads[0]:
         if model.of_model("attention.key_length") is None and width % heads[0]:
             raise InvalidModel(f"a width of {width} does not divide into {heads[0]} heads")
-        if head_width < 1 or head_width % 2:
-            raise InvalidModel(f"heads are {head_width} wide, which is not a positive even number")
-        if _integer(model, "rope.dimension_count", default=0, low=0) > head_width:
+        if one_head < 1 or one_head % 2:
+            raise InvalidModel(f"heads are {one_head} wide, which is not a positive even number")
+        if integer(model, "rope.dimension_count", default=0, low=0) > one_head:
             raise InvalidModel("more dimensions are rotated than a head has")
     scaling = model.of_model("rope.scaling.type")
     if scaling is not None and scaling not in _ROPE_SCALING:
@@ -126,21 +125,21 @@ def _check_shape(model: Gguf) -> None:
 
 
 def _check_experts(model: Gguf) -> None:
-    experts = _integer(model, "expert_count", default=0, low=0, high=MAX_EXPERTS)
-    layers = _integer(model, "block_count")
-    used = max(_per_layer(model, "expert_used_count", layers, high=MAX_EXPERTS), default=0)
-    groups = _integer(model, "expert_group_count", default=0, low=0, high=MAX_EXPERTS)
-    group_used = _integer(model, "expert_group_used_count", default=0, low=0, high=MAX_EXPERTS)
+    experts = integer(model, "expert_count", default=0, low=0, high=MAX_EXPERTS)
+    layers = integer(model, "block_count")
+    used = max(per_layer(model, "expert_used_count", layers, high=MAX_EXPERTS), default=0)
+    groups = integer(model, "expert_group_count", default=0, low=0, high=MAX_EXPERTS)
+    group_used = integer(model, "expert_group_used_count", default=0, low=0, high=MAX_EXPERTS)
     if used > experts or (experts and not used):
         raise InvalidModel(f"{used} of {experts} experts cannot be in use")
     if groups and (groups >= experts or (groups > 1 and (experts % groups or not 0 < group_used < groups))):
         raise InvalidModel(f"{experts} experts in {groups} groups, {group_used} in use, cannot be")
-    if _integer(model, "nextn_predict_layers", default=0, low=0) > layers:
+    if integer(model, "nextn_predict_layers", default=0, low=0) > layers:
         raise InvalidModel("there are more prediction layers than layers")
 
 
 def _check_tokenizer(model: Gguf) -> None:
-    kind = _text(model, "tokenizer.ggml.model")
+    kind = text(model, "tokenizer.ggml.model")
     if kind not in _TOKENIZERS:
         raise InvalidModel(f"the tokenizer {kind[:40]!r} is not supported" if kind else "the file has no tokenizer")
     tokens = model.metadata.get("tokenizer.ggml.tokens")
@@ -153,7 +152,7 @@ def _check_tokenizer(model: Gguf) -> None:
     embedding = model.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise InvalidModel("the model has no token embedding")
-    width = _integer(model, "embedding_length")
+    width = integer(model, "embedding_length")
     if embedding.shape != (width, tokens.count):
         raise InvalidModel(f"the token embedding is {embedding.shape}, but there are {tokens.count} tokens of {width}")
     for name in ("bos", "eos"):
@@ -167,30 +166,18 @@ def _check_tokenizer(model: Gguf) -> None:
 
 
 def memory_shape(model: Gguf) -> MemoryShape:
-    """The numbers of the header that memory depends on; for headers that `check` has accepted."""
-    layers = _integer(model, "block_count")
-    width = _integer(model, "embedding_length")
-    heads = _per_layer(model, "attention.head_count", layers)
-    kv_heads = _per_layer(model, "attention.head_count_kv", layers) or heads
-    key = _integer(model, "attention.key_length", default=_head_width(model, width, heads), low=0)
-    value = _integer(model, "attention.value_length", default=_head_width(model, width, heads), low=0)
-    groups = Counter((each * key, each * value, 0) for each in kv_heads)
-    state = _integer(model, "ssm.state_size", default=0, low=0) * _integer(model, "ssm.inner_size", default=0, low=0)
-    return MemoryShape(
-        weights_bytes=model.weight_bytes,
-        attention=tuple((count, *group) for group, count in groups.items()),
-        state_bytes=state * 4 * layers,
-        width=width,
-        hidden=max(_per_layer(model, "feed_forward_length", layers), default=0) or 4 * width,
-        vocabulary=model.tokens[0],
-        context_length=_integer(model, "context_length"),
-        runtime_bytes=48 << 20,
-    )
+    """What the model's memory depends on; for headers that `check` has accepted."""
+    return shape_of(model, encoder=model.architecture in ENCODERS)
 
 
 def context_of(model: Gguf, options: LoadOptions) -> int:
-    """Tokens per sequence that a load with these options gives; see `memory.context_of`."""
-    return memory.context_of(memory_shape(model), options)
+    """Tokens per sequence that a load with these options gives; see `memory.settle`."""
+    return memory.settle(memory_shape(model), options).context_length
+
+
+def kv_type_of(model: Gguf, options: LoadOptions) -> str:
+    """Elements of the cache that a load with these options gives: f16, q8_0 or q4_0; see `memory.settle`."""
+    return memory.settle(memory_shape(model), options).kv_type
 
 
 def estimate_memory_bytes(model: Gguf, options: LoadOptions | None = None) -> int:
@@ -201,44 +188,3 @@ def estimate_memory_bytes(model: Gguf, options: LoadOptions | None = None) -> in
 def kv_bytes(model: Gguf, options: LoadOptions) -> int:
     """The key-value cache for all sequences together, in bytes."""
     return memory.kv_bytes(memory_shape(model), options)
-
-
-def _head_width(model: Gguf, width: int, heads: tuple[int, ...]) -> int:
-    first = next((each for each in heads if each), 0)
-    return _integer(model, "attention.key_length", default=width // first if first else 0, low=0)
-
-
-def _text(model: Gguf, key: str) -> str:
-    value = model.metadata.get(key, "")
-    return value if isinstance(value, str) else ""
-
-
-def _integer(model: Gguf, key: str, *, default: int | None = None, low: int = 1, high: int = 1 << 31) -> int:
-    value: Any = model.of_model(key)
-    if value is None:
-        if default is None:
-            raise InvalidModel(f"{model.architecture}.{key} is missing")
-        return default
-    if isinstance(value, Array | bool) or not isinstance(value, int):
-        raise InvalidModel(f"{model.architecture}.{key} is not a number")
-    if not low <= value <= high:
-        raise InvalidModel(f"{model.architecture}.{key} is {value}, not between {low} and {high}")
-    return value
-
-
-def _per_layer(model: Gguf, key: str, layers: int, *, required: bool = False, high: int = 1 << 20) -> tuple[int, ...]:
-    """A value that may be one number or one per layer; () when it is missing."""
-    value = model.of_model(key)
-    if value is None:
-        if required:
-            raise InvalidModel(f"{model.architecture}.{key} is missing")
-        return ()
-    values = value.values if isinstance(value, Array) else (value,) * layers
-    if values is None or len(values) != layers:
-        raise InvalidModel(f"{model.architecture}.{key} does not have one value for each of {layers} layers")
-    for each in values:
-        if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each <= high:
-            raise InvalidModel(f"{model.architecture}.{key} has the impossible value {each!r:.40}")
-    if required and values[0] < 1:
-        raise InvalidModel(f"{model.architecture}.{key} is 0")
-    return tuple(values)

@@ -12,12 +12,16 @@ from typing import Any, Self
 
 from ai_assistant.engines.contract import LoadOptions
 
+KV_TYPES = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
+"""Elements of the cache, best first: elements and bytes of a block."""
 DEFAULT_CONTEXT = 8192
 LEAST_CONTEXT = 1024
 DEFAULT_KV_BYTES = 1 << 30
 """What the KV cache takes at most where neither a context nor a limit is asked for."""
 MAX_BYTES = 1 << 56
 _MAX_GROUPS = 1024
+_SHORTEST_READ = 512
+"""Tokens of the smallest batch that texts are embedded in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +33,7 @@ class MemoryEstimate:
     repacked_bytes: int = 0
     """Copies of weights in a layout that this CPU multiplies faster."""
     kv_bytes: int = 0
-    """The key-value cache of all sequences, and recurrent states."""
+    """The key-value cache of all sequences, recurrent states, and states of idle conversations in memory."""
     compute_bytes: int = 0
     """What a decode step works in, logits included."""
     runtime_bytes: int = 0
@@ -51,18 +55,24 @@ class MemoryShape:
     weights_bytes: int
     repacked_bytes: int = 0
     """What repacking copies where it is allowed."""
-    attention: tuple[tuple[int, int, int, int], ...] = ()
-    """(layers, elements of a key, elements of a value, window in tokens or 0) for layers that are alike."""
+    attention: tuple[tuple[int, int, int], ...] = ()
+    """(layers, elements of a token's keys, of its values) for layers that are alike. Sliding windows make no
+    difference: the cache is kept whole, so that any prefix of it can be used again."""
     state_bytes: int = 0
     """Recurrent state of one sequence."""
-    width: int = 0
-    hidden: int = 0
-    """Widest activation of a layer."""
+    step_bytes: int = 0
+    """Activations of one token that a decode step keeps at the same time."""
+    masks: int = 1
+    """Kinds of attention: each has a mask of tokens × cells."""
+    kv_block: int = 32
+    """Elements that the width of every head divides into; quantised caches need 32."""
     vocabulary: int = 0
     context_length: int = 0
-    """What the model was trained for."""
+    """What the model was trained for; 0 where that means nothing."""
+    whole_texts: bool = False
+    """A text is read in one step, whatever its length."""
     compute_bytes: int = 0
-    """Beside what follows from the widths."""
+    """What a step works in beside what follows from the above."""
     runtime_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,36 +90,79 @@ class MemoryShape:
         groups = values["attention"]
         if not isinstance(groups, list | tuple) or len(groups) > _MAX_GROUPS:
             raise ValueError("not the layers of a model")
-        if any(not isinstance(each, list | tuple) or len(each) != 4 for each in groups):
+        if any(not isinstance(each, list | tuple) or len(each) != 3 for each in groups):
             raise ValueError("not the layers of a model")
-        attention = tuple((_size(a), _size(b), _size(c), _size(d)) for a, b, c, d in groups)
-        return cls(attention=attention, **{key: _size(value) for key, value in values.items() if key != "attention"})
+        if not isinstance(values["whole_texts"], bool):
+            raise ValueError("not the shape of a model")
+        sizes = {key: _size(value) for key, value in values.items() if key not in ("attention", "whole_texts")}
+        attention = tuple((_size(layers), _size(key), _size(value)) for layers, key, value in groups)
+        return cls(attention=attention, whole_texts=values["whole_texts"], **sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a load gives where it was asked to choose."""
+
+    kv_type: str
+    context_length: int
+    """Tokens per sequence."""
+    sequences: int
+
+
+def settle(shape: MemoryShape, options: LoadOptions) -> Settled:
+    """The cache that a load with these options gets.
+
+    Without `kv_limit_bytes` it has 16-bit elements unless another type is asked for; its context is what was asked
+    for, otherwise what the model was trained for, up to 8192, and less where the cache, which is allocated at once,
+    would be larger than 1 GiB. With a limit, smaller elements come first, then a shorter context if none was asked
+    for, then fewer sequences; what is still too large then stays too large, and the estimate says so.
+    """
+    limit = options.kv_limit_bytes
+    kinds = _kinds(shape, options.kv_type, limited=bool(limit))
+    context = options.context_length or DEFAULT_CONTEXT
+    context = min(context, shape.context_length or context)
+    sequences = options.sequences
+    for kind in kinds:
+        if _cache_bytes(shape, kind, context, sequences) <= (limit or DEFAULT_KV_BYTES):
+            return Settled(kind, context, sequences)
+    kind = kinds[-1]
+    if not options.context_length:
+        while context > LEAST_CONTEXT and _cache_bytes(shape, kind, context, sequences) > (limit or DEFAULT_KV_BYTES):
+            context //= 2
+    while limit and sequences > 1 and _cache_bytes(shape, kind, context, sequences) > limit:
+        sequences //= 2
+    return Settled(kind, context, sequences)
+
+
+def settled(shape: MemoryShape, options: LoadOptions) -> LoadOptions:
+    """The options with everything chosen that they leave open, so that nobody chooses again."""
+    chosen = settle(shape, options)
+    return replace(
+        options,
+        kv_type=chosen.kv_type,
+        context_length=chosen.context_length,
+        sequences=chosen.sequences,
+        kv_limit_bytes=0,
+    )
 
 
 def estimate(shape: MemoryShape, options: LoadOptions) -> MemoryEstimate:
     """What a worker takes that loads such a model with these options."""
+    chosen = settle(shape, options)
     return MemoryEstimate(
         weights_bytes=shape.weights_bytes,
         repacked_bytes=shape.repacked_bytes if options.repack else 0,
-        kv_bytes=kv_bytes(shape, options),
-        compute_bytes=_compute_bytes(shape, options),
+        kv_bytes=_cache_bytes(shape, chosen.kv_type, chosen.context_length, chosen.sequences)
+        + options.spill_memory_bytes,
+        compute_bytes=_compute_bytes(shape, options, chosen),
         runtime_bytes=shape.runtime_bytes,
     )
 
 
-def context_of(shape: MemoryShape, options: LoadOptions) -> int:
-    """Tokens per sequence that a load with these options gives.
-
-    By default what the model was trained for, up to 8192, and less where the cache for all sequences,
-    which is allocated at once, would be larger than the limit (1 GiB where none is given).
-    """
-    if options.context_length:
-        return min(options.context_length, shape.context_length)
-    context = min(shape.context_length, DEFAULT_CONTEXT)
-    limit = options.kv_limit_bytes or DEFAULT_KV_BYTES
-    while context > LEAST_CONTEXT and kv_bytes(shape, replace(options, context_length=context)) > limit:
-        context //= 2
-    return context
+def kv_bytes(shape: MemoryShape, options: LoadOptions) -> int:
+    """The key-value cache and recurrent states for all sequences together, in bytes."""
+    chosen = settle(shape, options)
+    return _cache_bytes(shape, chosen.kv_type, chosen.context_length, chosen.sequences)
 
 
 def cells_per_sequence(context_length: int) -> int:
@@ -117,20 +170,36 @@ def cells_per_sequence(context_length: int) -> int:
     return -(-context_length // 256) * 256
 
 
-def kv_bytes(shape: MemoryShape, options: LoadOptions) -> int:
-    """The key-value cache (16-bit) and recurrent states for all sequences together, in bytes."""
-    cells = cells_per_sequence(context_of(shape, options))
-    rows = sum(layers * (key + value) for layers, key, value, _window in shape.attention)
-    return (rows * 2 * cells + shape.state_bytes) * options.sequences
+def _kinds(shape: MemoryShape, wanted: str, *, limited: bool) -> tuple[str, ...]:
+    """The types to try, best first."""
+    if shape.kv_block % 32:
+        return ("f16",)
+    if wanted != "auto":
+        return (wanted,)
+    return tuple(KV_TYPES) if limited else ("f16",)
 
 
-def _compute_bytes(shape: MemoryShape, options: LoadOptions) -> int:
-    step = options.batch_tokens
-    activations = step * (6 * shape.width + 3 * shape.hidden) * 4
-    # Logits of every sequence in the graph, once more in the output buffer, and as candidates (12 bytes).
-    outputs = options.sequences * shape.vocabulary * 20
-    mask = step * context_of(shape, options) * options.sequences * 6
-    return activations + outputs + mask + shape.compute_bytes
+def _cache_bytes(shape: MemoryShape, kind: str, context_length: int, sequences: int) -> int:
+    elements = sum(layers * (key + value) for layers, key, value in shape.attention)
+    block, size = KV_TYPES[kind]
+    return (elements * cells_per_sequence(context_length) * size // block + shape.state_bytes) * sequences
+
+
+def _compute_bytes(shape: MemoryShape, options: LoadOptions, chosen: Settled) -> int:
+    cells = cells_per_sequence(chosen.context_length) if shape.context_length else 0
+    step = max(_SHORTEST_READ, _power_of_two(cells)) if shape.whole_texts else options.batch_tokens
+    step = min(step, max(cells, 1)) if not shape.whole_texts else step
+    # Masks have 16 bits per token of the step and cell that it may look at. A matrix product keeps its other side
+    # once more, quantised or in 16 bits: about a sixth of the activations.
+    mask = step * cells * 2 * (1 if shape.whole_texts else shape.masks)
+    activations = step * shape.step_bytes * 7 // 6
+    # Logits of every sequence: in the graph, in the output buffer, and as candidates of 12 bytes.
+    outputs = 0 if shape.whole_texts else chosen.sequences * shape.vocabulary * 20
+    return activations + mask + outputs + shape.compute_bytes
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def _size(value: Any) -> int:
