@@ -26,6 +26,7 @@ from ai_assistant.engines.contract import (
 )
 from ai_assistant.engines.gguf import Gguf, opened, read_gguf
 from ai_assistant.engines.grammar import grammar_of
+from ai_assistant.engines.user_text import Piece
 from ai_assistant.errors import (
     AIAssistantError,
     ContextOverflow,
@@ -185,20 +186,21 @@ class LlamaEngine:
         return LlamaGeneration(task, self._scheduler)
 
     def _prompt(self, request: GenerateRequest, functions: Sequence[Any]) -> Any:
-        if request.messages is not None:
-            text = self._template.render(request.messages, functions)
-        else:
-            text = request.prompt or ""
         vocabulary = self._vocabulary
-        fewest = vocabulary.fewest_tokens(text)
+        if request.messages is not None:
+            pieces = self._template.pieces(request.messages, functions, vocabulary.specials)
+        else:
+            # Who sends a whole prompt writes control tokens on purpose.
+            pieces = [Piece(request.prompt or "", True)]
+        fewest = vocabulary.fewest_tokens("".join(each.text for each in pieces))
         if fewest >= self._context_length:
             raise self._overflow(f"at least {fewest}", None)
         # A template writes the beginning-of-text token itself, if the model wants one.
-        tokens = vocabulary.tokenize(text, special=True, begin=request.messages is None)
+        tokens = vocabulary.tokenize_pieces(pieces, begin=request.messages is None)
         if not len(tokens):
             raise InvalidArgument("the prompt is empty", param="prompt" if request.messages is None else "messages")
         if request.messages is not None and vocabulary.adds_bos and tokens[0] != vocabulary.bos:
-            tokens = vocabulary.tokenize(text, special=True, begin=True)
+            tokens = vocabulary.tokenize_pieces(pieces, begin=True)
         return tokens
 
     def _limit(self, prompt: int, max_tokens: int | None) -> int:

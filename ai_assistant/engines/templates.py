@@ -10,7 +10,6 @@ or grow much in a single call is limited or missing. Nothing is computed when a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -22,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from ai_assistant.engines import template_filters as filters
+from ai_assistant.engines.messages import plain_message
 from ai_assistant.engines.template_limits import (
     BUDGET,
     MAX_RANGE,
@@ -35,6 +35,7 @@ from ai_assistant.engines.template_limits import (
     weigh,
 )
 from ai_assistant.engines.tools import describe
+from ai_assistant.engines.user_text import Piece, Specials, render_apart
 from ai_assistant.errors import InvalidArgument, InvalidModel
 
 MAX_TEMPLATE = 512 << 10
@@ -208,16 +209,27 @@ class ChatTemplate:
             raise InvalidModel(f"the chat template does not compile: {type(error).__name__}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], functions: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The prompt for these messages, with the beginning of the answer.
+        """The prompt as one text, which does not tell the model's control tokens from users' words; see `pieces`."""
+        return "".join(each.text for each in self.pieces(messages, functions, Specials(())))
+
+    def pieces(
+        self, messages: Sequence[Mapping[str, Any]], functions: Sequence[Mapping[str, Any]], specials: Specials
+    ) -> list[Piece]:
+        """The prompt for these messages, with the beginning of the answer, in pieces to be tokenised each by itself.
 
         Args:
             functions: the `function` objects of the tools that the model may call.
+            specials: what must not become a token where a message or tool contains it.
 
         Raises:
             InvalidArgument: the template does not accept these messages, in its own words.
             InvalidModel: the template fails or does too much work.
         """
-        conversation = [_plain(each, index) for index, each in enumerate(messages)]
+        conversation = [plain_message(each, index) for index, each in enumerate(messages)]
+        return render_apart(self._render, (conversation, list(functions)), specials)
+
+    def _render(self, values: tuple[list[dict[str, Any]], list[Mapping[str, Any]]]) -> str:
+        conversation, functions = values
         if functions and not self._knows_tools:
             conversation = _with_system(conversation, describe(functions))
         variables: dict[str, Any] = {
@@ -249,54 +261,6 @@ class ChatTemplate:
             check_length(length)
             parts.append(part)
         return "".join(parts)
-
-
-def _plain(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message as templates know it: content is text, tool arguments are objects."""
-    where = f"messages[{index}]"
-    role = message.get("role")
-    if role == "developer":
-        role = "system"
-    if role not in ("system", "user", "assistant", "tool"):
-        raise InvalidArgument(f"{where}.role must be system, user, assistant or tool", param=f"{where}.role")
-    out = {key: value for key, value in message.items() if value is not None}
-    out["role"] = role
-    out["content"] = _content(message.get("content"), where)
-    calls = message.get("tool_calls")
-    if calls:
-        if not isinstance(calls, Sequence) or isinstance(calls, str):
-            raise InvalidArgument(f"{where}.tool_calls must be a list", param=f"{where}.tool_calls")
-        out["tool_calls"] = [_call(each, where) for each in calls]
-    return out
-
-
-def _content(content: Any, where: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    param = f"{where}.content"
-    if not isinstance(content, Sequence):
-        raise InvalidArgument(f"{param} must be text or a list of text parts", param=param)
-    texts: list[str] = []
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise InvalidArgument(f"{param} may have text parts only; this model reads nothing else", param=param)
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise InvalidArgument(f"{where}.tool_calls has an entry without a function", param=f"{where}.tool_calls")
-    arguments = function.get("arguments", "{}")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise InvalidArgument(f"{where}.tool_calls has arguments that are no JSON", param=where) from None
-    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 
 def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ai_assistant.engines.user_text import Piece, Specials
 from ai_assistant.errors import InternalError
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
@@ -72,6 +75,22 @@ class Vocabulary:
             if count >= 0:
                 return bytes(buffer.raw[:count])
             room = -count
+
+    @cached_property
+    def specials(self) -> Specials:
+        """The control tokens, whose names must not be read as these tokens where a user wrote them."""
+        lib = self._lib
+        mask = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        found = [each for each in range(self.size) if lib.llama_vocab_get_attr(self.native, each) & mask]
+        return Specials(map(self.text_of, found))
+
+    def tokenize_pieces(self, pieces: Sequence[Piece], *, begin: bool = False) -> Tokens:
+        """Tokens of a text whose pieces are read each by itself, shape (n,)."""
+        read = [
+            self.tokenize(each.text, special=each.special, begin=begin and not index)
+            for index, each in enumerate(pieces)
+        ]
+        return np.concatenate(read) if read else np.zeros(0, dtype=np.int32)
 
     def is_end(self, token: int) -> bool:
         """Whether the model says with this token that it is done."""
