@@ -173,7 +173,7 @@ def partition(
         )
         if done.returncode != 0:
             raise DiskFailed(f"partitioning {disk.device}: {last_line(done.stderr)}")
-        _own_identity(device)
+        former = _own_identity(device)
         new = next(each for each in _table(device).partitions if each.label == "var")
         place = [f"--offset={new.start}", f"--sizelimit={new.size}"]
         with _loop(device, place, disk.sector_bytes) as var:
@@ -183,18 +183,28 @@ def partition(
     if tell.returncode != 0:
         raise DiskFailed(f"the kernel does not take the new table of {disk.device}: {last_line(tell.stderr)}")
     run(["udevadm", "settle", "--timeout=30"])
+    # The boot loader has told the former id, and until the next boot it is looked for.
+    for each in former:
+        link = Path("/dev/disk/by-partuuid") / str(each.uuid)
+        if not link.is_symlink():
+            link.symlink_to(next(part.device for part in disk.partitions if part.start == each.start))
 
 
-def _own_identity(device: Path) -> None:
+def _own_identity(device: Path) -> tuple[gpt.Partition, ...]:
     """A new id for the disk and its boot partition, which until now are those of everybody who has this image.
 
     The boot loader says by that id which partition it came from. With the same one on a stick beside the disk, the root
     of either could be taken. The root's own ids stay: they are halves of its verity hash.
+
+    Returns:
+        The boot partitions as they were.
     """
     sfdisk = ("sfdisk", "--quiet", "--no-reread", "--no-tell-kernel")
     _must([*sfdisk, "--disk-id", device, str(uuid.uuid4())])
-    for each in _table(device).of_type(gpt.ESP):
+    former = _table(device).of_type(gpt.ESP)
+    for each in former:
         _must([*sfdisk, "--part-uuid", device, str(each.number), str(uuid.uuid4())])
+    return former
 
 
 def repair_table(disk: Disk) -> bool:
