@@ -68,6 +68,11 @@ class Manager:
         """The name of a transient model; it lives as long as this connection."""
         options = {"name": Variant("s", slug(name))} if name else {}
         if context_length:
+    async def pull_model(self, source: str, name: str, options: dict[str, str]) -> str:
+        values = {key: Variant("s", value) for key, value in options.items() if value}
+        job: str = (await (await self.bus()).call("PullModel", "ssa{sv}", source, name, values))[0]
+        return job
+
             options["context_length"] = Variant("u", context_length)
         bus = await self.bus()
         _, given = await bus.call("OpenModel", "ha{sv}", 0, options, fds=[fd], timeout_s=_CHECK_TIMEOUT_S)

@@ -141,6 +141,8 @@ class JobStatus:
     message: str
     error: AIAssistantError | None
     result: Mapping[str, Any]
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """The message in numbers; a download has "bytes", "total_bytes", "bytes_per_s" and "eta_s" where they are known."""
 
     @property
     def ended(self) -> bool:
@@ -165,6 +167,7 @@ class JobStatus:
             message=message,
             error=error,
             result=dict(properties.get("Result", {})),
+            details=dict(properties.get("Details", {})),
         )
 
 

@@ -193,6 +193,21 @@ class Client:
         """Serve an open file as a transient model, without a copy, until this client is closed.
 
         Args:
+    def pull_model(self, source: str, name: str = "", *, token: str = "", endpoint: str = "", sha256: str = "") -> Job:
+        """Let the daemon download a model and import it. The job's result has the full "name".
+
+        What a failure or a cancellation leaves is kept: the next pull of the same source goes on with it.
+
+        Args:
+            source: ``hf:owner/name[:file or quantisation][@revision]``, or a URL.
+            name: empty: from the file's name.
+            token: for the source's own host.
+            endpoint: URL of another hub than the configured one.
+            sha256: what the file must be.
+        """
+        options = {"token": token, "endpoint": endpoint, "sha256": sha256}
+        return Job(self, self._run("pull_model", source, name, options))
+
             fd: open for reading; it may be closed afterwards.
             name: what the given name begins with.
             context_length: tokens per sequence; 0: chosen by the model and the memory.
@@ -349,6 +364,12 @@ class AsyncClient:
         return AsyncJob(self._manager, await self._manager.load(name))
 
     async def unload(self, name: str) -> None:
+    async def pull_model(
+        self, source: str, name: str = "", *, token: str = "", endpoint: str = "", sha256: str = ""
+    ) -> AsyncJob:
+        options = {"token": token, "endpoint": endpoint, "sha256": sha256}
+        return AsyncJob(self._manager, await self._manager.pull_model(source, name, options))
+
         await self._manager.unload(name)
 
     async def remove(self, name: str) -> None:

@@ -18,6 +18,7 @@ traceback; the hint, where there is one, says what to do next.
     ├── Busy                       in use, or the queue is full; try again later
     ├── NotAuthorized
     ├── NoSpace                    disk
+    ├── DownloadFailed             the source cannot be reached, or what it sent is not what it promised
     ├── OutOfMemory                the model does not fit, with the numbers
     ├── NotSupported               this machine, image or model cannot do that
     ├── Unsure                     the built-in model is not sure enough to act
@@ -36,6 +37,7 @@ __all__ = [
     "Busy",
     "Cancelled",
     "ContextOverflow",
+    "DownloadFailed",
     "InternalError",
     "InvalidArgument",
     "InvalidConfig",
@@ -140,6 +142,10 @@ class NotAuthorized(AIAssistantError):
 
 class NoSpace(AIAssistantError):
     http_status = 507
+
+
+class DownloadFailed(AIAssistantError):
+    http_status = 502
 
 
 class OutOfMemory(AIAssistantError):

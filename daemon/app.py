@@ -15,6 +15,7 @@ from ai_assistant.daemon import bus, journal
 from ai_assistant.daemon import config as configuration
 from ai_assistant.daemon.authority import Authority, allowed
 from ai_assistant.daemon.contract import Counters
+from ai_assistant.daemon.fetch.client import FETCH_SOCKET, Fetcher
 from ai_assistant.daemon.jobs import JobTable
 from ai_assistant.daemon.pins import Pins
 from ai_assistant.daemon.publish import Publisher
@@ -42,6 +43,7 @@ class Options:
     """A socket to make when the service manager passed none."""
     worker_socket: Path = Path("/run/ai-assistant/worker.sock")
     state_directory: Path = Path("/var/lib/ai-assistant")
+    fetch_socket: Path = FETCH_SOCKET
 
 
 def connector(path: Path) -> Callable[[], Awaitable[Worker]]:
@@ -74,7 +76,15 @@ class App:
             pinned=pins.__contains__,
         )
         jobs = JobTable(per_owner=self.config.limits_jobs_per_caller)
-        self.service = DaemonService(self.config, registry, residency, jobs, self._machine, counters, pins)
+        patience = {
+            "attempts": self.config.pull_attempts,
+            "first_wait_s": self.config.pull_retry_first_s,
+            "stall_s": self.config.pull_stall_s,
+        }
+        fetcher = Fetcher(options.fetch_socket, allow_http=self.config.pull_allow_http, patience=patience)
+        self.service = DaemonService(
+            self.config, registry, residency, jobs, self._machine, counters, pins, fetcher=fetcher
+        )
         self._connection: Connection | None = None
 
     def stop(self) -> None:
@@ -98,6 +108,7 @@ class App:
         await asyncio.to_thread(self.service.registry.scan)
         self.service.pins.keep_only(each.name for each in self.service.registry.all())
         connection = self._connection = Connection(
+        await asyncio.to_thread(self.service.pulls.sweep)
             map(bus.load, bus.NAMES),
             root=bus.ROOT,
             large=bus.TEXTS,

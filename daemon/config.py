@@ -55,7 +55,13 @@ ROWS: tuple[Row, ...] = (
     Row("models.idle_unload_s", float, 900.0, "unload a model that nobody used for so long; 0: never", high=1e7),
     Row("models.drain_timeout_s", float, 300.0, "longest time that draining a model waits", low=0.1, high=86_400),
     Row("models.memory_reserve_bytes", int, 192 * _MIB, "memory that loading a model leaves free", high=1 << 50),
-    Row("models.disk_reserve_bytes", int, 256 * _MIB, "disk space that an import leaves free", high=1 << 50),
+    Row("models.disk_reserve_bytes", int, 256 * _MIB, "disk space that models never take: for updates", high=1 << 50),
+    Row("pull.endpoint", str, "https://huggingface.co", "hub that hf: sources are pulled from"),
+    Row("pull.allow_http", bool, False, "pull without encryption from other machines, too"),
+    Row("pull.attempts", int, 8, "failures in a row, without progress, before a download fails", low=1, high=1000),
+    Row("pull.retry_first_s", float, 1.0, "wait before the first retry; doubled for each further one", high=3600),
+    Row("pull.stall_s", float, 60.0, "silence, or next to it, after which a connection is renewed", low=0.1, high=3600),
+    Row("pull.keep_parts_s", float, 1_209_600.0, "keep an unfinished download for so long; 0: for ever", high=1e9),
     Row("worker.load_timeout_s", float, 600.0, "longest time that loading may take", low=1, high=86_400),
     Row("worker.restart_first_s", float, 1.0, "wait before the first restart of a crashed worker", low=0.05, high=3600),
     Row("worker.restart_longest_s", float, 60.0, "longest wait between restarts", low=0.05, high=86_400),
@@ -94,6 +100,12 @@ class Config:
     limits_jobs_per_caller: int
     limits_models_per_caller: int
 
+    pull_endpoint: str
+    pull_allow_http: bool
+    pull_attempts: int
+    pull_retry_first_s: float
+    pull_stall_s: float
+    pull_keep_parts_s: float
 
 def load(root: Path | str = "/") -> Config:
     """Read the configuration below `root`.

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from ai_assistant.daemon.inspection import Inspection, inspect
 from ai_assistant.daemon.registry import (
@@ -33,6 +34,8 @@ from ai_assistant.daemon.registry import (
 from ai_assistant.errors import AIAssistantError, AlreadyExists, Cancelled, InvalidModel, NoSpace
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 CHUNK_BYTES = 1 << 20
 # A pool of its own: a file that cannot be read in time holds up imports, not the daemon.
@@ -66,12 +69,21 @@ def check_space(directory: Path, needed: int, reserve: int) -> None:
 
 
 async def copy_in(
-    registry: Registry, name: str, source: Source, reserve_bytes: int, progress: Callable[[float], None]
+    registry: Registry,
+    name: str,
+    source: Source,
+    reserve_bytes: int,
+    progress: Callable[[float], None],
+    *,
+    take: Path | None = None,
+    expected_sha256: str = "",
 ) -> Entry:
     """Copy `source` into the registry as `name` and return its entry.
 
     Args:
         progress: called on the event loop with 0–1, a few times a second.
+        take: `source` itself, a file of the daemon's own that nobody writes to: it is not copied where the disk allows.
+        expected_sha256: what the file must be, in hex; empty: anything.
 
     Raises:
         AlreadyExists: there is another content under that name.
@@ -84,7 +96,7 @@ async def copy_in(
     def report(value: float) -> None:
         loop.call_soon_threadsafe(progress, value)
 
-    async def run(work: Callable[[], str]) -> str:
+    async def run(work: Callable[[], _T]) -> _T:
         future = loop.run_in_executor(_pool, work)
         try:
             return await asyncio.shield(future)
@@ -99,11 +111,17 @@ async def copy_in(
     if existing is not None:
         digest = await run(lambda: _digest(source, stop, report))
         return same_or_raise(existing, digest, source.status.st_size)
-    check_space(registry.state, source.status.st_size, reserve_bytes)
+    check_space(registry.state, 0 if take else source.status.st_size, reserve_bytes)
     partial = registry.state / f"{PARTIAL_PREFIX}{uuid.uuid4().hex}"
     try:
         partial.mkdir(mode=0o700)
-        digest = await run(lambda: _copy(source, partial / MODEL_FILE, reserve_bytes, stop, report))
+        copy = partial / MODEL_FILE
+        if take is not None and await run(lambda: _link(take, copy)):
+            digest = await run(lambda: _digest(source, stop, report))
+        else:
+            digest = await run(lambda: _copy(source, copy, reserve_bytes, stop, report))
+        if expected_sha256 not in ("", digest):
+            raise InvalidModel(f"the file's hash is {digest[:16]}… instead of {expected_sha256[:16]}…")
         return await _finish(registry, name, source, partial, digest)
     except OSError as error:
         raise _named(error) from error
@@ -180,6 +198,15 @@ def same_or_raise(existing: Entry, digest: str, size: int) -> Entry:
 
 def _digest(source: Source, stop: threading.Event, report: Callable[[float], None]) -> str:
     return _pass(source, stop, report, lambda piece: None)
+
+
+def _link(file: Path, path: Path) -> bool:
+    """Make `path` the same file; False where that cannot be, as over the border of a file system."""
+    try:
+        os.link(file, path, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _copy(source: Source, path: Path, reserve: int, stop: threading.Event, report: Callable[[float], None]) -> str:

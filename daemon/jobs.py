@@ -42,16 +42,20 @@ class Job:
     state: JobState = JobState.QUEUED
     progress: float = 0.0
     message: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """The message in numbers, for programs; see the method that made the job."""
     error: AIAssistantError | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
     _changed: Callable[[Job], None] = lambda job: None
     task: asyncio.Task[None] | None = None
 
-    def report(self, progress: float, message: str | None = None) -> None:
+    def report(self, progress: float, message: str | None = None, details: Mapping[str, Any] | None = None) -> None:
         """Tell how far it is (clamped to 0–1); from the event loop only."""
         self.progress = min(1.0, max(0.0, progress))
         if message is not None:
             self.message = message
+        if details is not None:
+            self.details = details
         self._changed(self)
 
     def cancel(self) -> None:

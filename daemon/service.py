@@ -14,12 +14,15 @@ from typing import Any
 
 from ai_assistant.daemon.config import Config
 from ai_assistant.daemon.contract import Counters, ModelRecord, ModelState, caller
+from ai_assistant.daemon.fetch.client import FETCH_SOCKET, Fetcher
 from ai_assistant.daemon.importer import Source, check_space, copy_in
 from ai_assistant.daemon.inspection import inspect
 from ai_assistant.daemon.jobs import Job, JobTable
 from ai_assistant.daemon.pins import Pins
+from ai_assistant.daemon.pulls import PullOptions, Pulls
 from ai_assistant.daemon.registry import Entry, Registry, check_descriptor, parse_name
 from ai_assistant.daemon.residency import Residency, Worker, load_options
+from ai_assistant.daemon.space import DiskSpace
 from ai_assistant.daemon.status import Machine
 from ai_assistant.daemon.version import VERSION
 from ai_assistant.engines.contract import (
@@ -59,6 +62,8 @@ class DaemonService:
         counters: Counters,
         pins: Pins,
     ) -> None:
+        *,
+        fetcher: Fetcher | None = None,
         self.config = config
         self.registry = registry
         self.residency = residency
@@ -67,6 +72,10 @@ class DaemonService:
         self.counters = counters
         self.pins = pins
         self._pinning = asyncio.Lock()
+        self.space = DiskSpace(registry.state, config.models_disk_reserve_bytes)
+        self.pulls = Pulls(
+            config, registry, jobs, self.space, fetcher or Fetcher(FETCH_SOCKET), lambda name: self.on_added(name)
+        )
         self.state = "starting"
         self.on_added: Callable[[str], None] = lambda name: None
         self.on_removed: Callable[[str], None] = lambda name: None
@@ -295,15 +304,14 @@ class DaemonService:
             source = await self._source(fd, load_options(self.config))
             self._check_target(full, source)
             if not any(entry.name == full for entry in self.registry.all()):
-                check_space(self.registry.state, source.status.st_size, self.config.models_disk_reserve_bytes)
+                check_space(self.registry.state, source.status.st_size, self.space.kept_bytes)
         except BaseException:
             os.close(fd)
             raise
 
         async def work(job: Job) -> Mapping[str, Any]:
             job.report(0.0, f"importing {full}")
-            reserve = self.config.models_disk_reserve_bytes
-            entry = await copy_in(self.registry, full, source, reserve, job.report)
+            entry = await copy_in(self.registry, full, source, self.space.kept_bytes, job.report)
             log.info("imported %s", entry.name, extra={"MODEL": entry.name})
             self.on_added(entry.name)
             return {"name": entry.name}
@@ -329,6 +337,15 @@ class DaemonService:
         source = Source(fd, await inspect(fd, options), status)
         source.check_unchanged()
         return source
+
+    def pull_model(self, source: str, name: str, options: PullOptions, owner: str, uid: int) -> Job:
+        """Begin to download a model, or join the download of the same source that runs.
+
+        Raises:
+            InvalidArgument, Busy
+        """
+        self._accepting()
+        return self.pulls.start(source, name, options, owner, uid)
 
     async def open_model(self, fd: int, prefix: str, context_length: int, owner: str, uid: int | None = None) -> Entry:
         """Register a file that stays where it is; `fd` belongs to this from now on.

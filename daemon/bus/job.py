@@ -10,7 +10,9 @@ from dbus_fast import Variant
 from ai_assistant.daemon.authority import Authority
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
+from ai_assistant.errors import AIAssistantError
 from ai_assistant.services.connection import Call
+from ai_assistant.services.values import variants
 
 INTERFACE = "org.ai_assistant1.Job"
 
@@ -32,7 +34,8 @@ class JobObject:
             "State": str(job.state),
             "Progress": job.progress,
             "Message": job.message,
-            "Error": [job.error.bus_name, job.error.message] if job.error is not None else ["", ""],
+            "Details": variants(job.details),
+            "Error": [job.error.bus_name, _text(job.error)] if job.error is not None else ["", ""],
             "Result": result,
             "Created": job.created,
         }
@@ -41,3 +44,8 @@ class JobObject:
         if await self._authority.uid(call.sender) != self._job.owner_uid:
             await self._authority.require(call, Scope.REMOVE)
         self._job.cancel()
+
+
+def _text(error: AIAssistantError) -> str:
+    """Message and hint, as in an error reply."""
+    return f"{error.message} (hint: {error.hint})" if error.hint else error.message

@@ -12,6 +12,7 @@ from ai_assistant.daemon.bus.model import no_options
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.journal import PRIORITIES, read_log
+from ai_assistant.daemon.pulls import PullOptions
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.version import VERSION
 from ai_assistant.errors import InvalidArgument
@@ -75,6 +76,16 @@ class Manager:
         context_length = values.pop("context_length", 0)
         no_options(values)
         if not isinstance(prefix, str):
+    async def pull_model(self, call: Call, source: str, name: str, options: Mapping[str, Any]) -> str:
+        uid = await self._authority.require(call, Scope.IMPORT)
+        values = plain(options)
+        chosen = {key: values.pop(key) for key in ("token", "endpoint", "sha256") if key in values}
+        no_options(values)
+        for key, value in chosen.items():
+            if not isinstance(value, str):
+                raise InvalidArgument(f"{key} must be a string", param=key)
+        return self._job_path(self._service.pull_model(source, name, PullOptions(**chosen), call.sender, uid))
+
             raise InvalidArgument("name must be a string", param="name")
         if isinstance(context_length, bool) or not isinstance(context_length, int) or not 0 <= context_length < 1 << 24:
             raise InvalidArgument("context_length must be an integer from 0 to 16777215", param="context_length")

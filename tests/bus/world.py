@@ -217,11 +217,22 @@ class World:
         wait_for(path.exists, "the worker socket")
         path.chmod(0o666)
 
+    def start_fetch(self, libraries: str) -> None:
+        """A socket that starts the real downloading process for each connection, as its socket unit does."""
+        path = self.directory / "run" / "fetch.sock"
+        settings = {"PYTHONPATH": f"{CHECKOUT}:{libraries}", "PYTHONDONTWRITEBYTECODE": "1"}
+        command: list[str | Path] = ["systemd-socket-activate", "--accept", f"--listen={path}"]
+        command += [f"--setenv={key}={value}" for key, value in settings.items()]
+        self.spawn("fetch", [*command, sys.executable, "-m", "ai_assistant.daemon.fetch"], env=settings)
+        wait_for(path.exists, "the fetch socket")
+        path.chmod(0o666)
+
     def start_daemon(self) -> None:
         """Start it and wait until it says that it is ready."""
         command: list[str | Path] = [sys.executable, "-m", "ai_assistant.daemon", "--root", self.directory / "root"]
         command += ["--bus-address", self.address, "--api-socket", self.api, "--state-directory", self.state]
-        command += ["--worker-socket", self.directory / "run" / "worker.sock", *self.daemon_arguments]
+        command += ["--worker-socket", self.directory / "run" / "worker.sock"]
+        command += ["--fetch-socket", self.directory / "run" / "fetch.sock", *self.daemon_arguments]
         seen = self._daemon_log().count("is ready")
         env = {"PYTHONPATH": str(CHECKOUT), "MALLOC_ARENA_MAX": "2", **self.environment}
         self.daemon = self.spawn("daemon", command, user=DAEMON_UID, env=env)

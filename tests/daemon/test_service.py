@@ -110,8 +110,8 @@ async def test_one_broken_object_does_not_hide_the_others(caplog: pytest.LogCapt
         def properties(self) -> dict[str, object]:
             if self is broken:
                 raise NoSuchModel("gone")
-            return {"Kind": "load", "State": "done", "Progress": 1.0, "Message": "", "Error": ["", ""], "Result": {},
-                    "Created": 1}  # fmt: skip
+            return {"Kind": "load", "State": "done", "Progress": 1.0, "Message": "", "Details": {}, "Error": ["", ""],
+                    "Result": {}, "Created": 1}  # fmt: skip
 
         async def cancel(self, call: Call) -> None: ...
 

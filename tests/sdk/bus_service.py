@@ -92,6 +92,7 @@ def job(kind: str, **more: Any) -> dict[str, Variant]:
         "State": Variant("s", "running"),
         "Progress": Variant("d", 0.0),
         "Message": Variant("s", "working"),
+        "Details": Variant("a{sv}", {}),
         "Error": Variant("(ss)", ["", ""]),
         "Result": Variant("a{sv}", {}),
         "Created": Variant("t", 1_750_000_000),
@@ -269,6 +270,8 @@ class Scripted:
     def _job(self, kind: str) -> str:
         path = f"{ROOT}/jobs/{len(self.jobs) + 1}"
         self.jobs[path] = job(kind)
+        if member == "PullModel":
+            return "o", [self._job("pull")]
         return path
 
 

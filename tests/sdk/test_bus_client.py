@@ -75,8 +75,10 @@ def test_the_script_serves_what_the_xml_says(client: Client, daemon: Scripted, t
     manager = known["Manager"].methods
     wanted = {
         "GetStatus": ("", "a{sv}"),
+        "GetStatistics": ("", "a{sv}"),
         "FindModel": ("s", "o"),
         "ImportModel": ("hsa{sv}", "o"),
+        "PullModel": ("ssa{sv}", "o"),
         "OpenModel": ("ha{sv}", "os"),
         "SelfTest": ("", "a(sbs)"),
         "GetLog": ("us", "as"),
@@ -93,6 +95,12 @@ def test_status_has_every_key_and_no_variants(client: Client) -> None:
     assert status["watts"] is None
     assert status["models"] == [{"name": "assistant:1", "state": "loaded"}]
     assert status["temperature_c"] == 45.25
+
+
+def test_statistics_have_no_variants(client: Client) -> None:
+    found = client.statistics()
+    assert (found["running"], found["connections"]) == (1, 2)
+    assert found["models"][0]["ttft_p95_s"] == 1.5
 
 
 def test_models(client: Client) -> None:
