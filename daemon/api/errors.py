@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from ai_assistant.errors import (
     AIAssistantError,
@@ -25,11 +26,19 @@ _FINAL = (NotSupported, OutOfMemory, NoSpace)
 class HttpError(Exception):
     """An error of the tree that HTTP has its own status for, as in 413 for a body that is too long."""
 
-    def __init__(self, status: int, error: AIAssistantError, *, close: bool = False) -> None:
+    def __init__(
+        self,
+        status: int,
+        error: AIAssistantError,
+        *,
+        close: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(error.message)
         self.status = status
         self.error = error
         self.close = close
+        self.headers = headers or {}
 
 
 def error_body(error: AIAssistantError, status: int | None = None) -> dict[str, dict[str, str | None]]:
@@ -57,6 +66,10 @@ def error_headers(error: AIAssistantError) -> dict[str, str]:
     if isinstance(error, _FINAL):
         headers["x-should-retry"] = "false"
     return headers
+
+
+def retry_after(seconds: int) -> dict[str, str]:
+    return {"retry-after": str(seconds)}
 
 
 def _type(error: AIAssistantError, status: int) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, MutableMapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -29,6 +29,12 @@ DRAIN_S = 2.0
 
 class ClientGone(Exception):
     """Nobody is there to read an answer."""
+
+
+class Meter(Protocol):
+    """Counts what a key has used."""
+
+    def spend(self, tokens: int) -> None: ...
 
 
 class Held:
@@ -61,7 +67,10 @@ class Exchange:
         self._began = False
         """Some of the body was asked for."""
         # Each request has a task of its own, and so has what is set here.
-        peer = scope.get("state", {}).get("peer")
+        state = scope.get("state", {})
+        self.key: Meter | None = state.get("key")
+        """What came with the request over the network; None on the unix socket."""
+        peer = state.get("peer")
         caller.set(peer.uid if isinstance(peer, Peer) else -1)
 
     @property
@@ -101,11 +110,12 @@ class Exchange:
         self.started = True
         await self._send(message)
 
-    async def stream(self, pieces: AsyncGenerator[bytes]) -> None:
+    async def stream(self, pieces: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
         """Send each piece as it comes; cancelled when the client goes away."""
         self.status = 200
+        more = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         self.streaming = True
-        await self.send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await self.send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS + more})
         # Closed at once and not when it is collected: that is what frees the model for others.
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
@@ -146,6 +156,11 @@ class Exchange:
             raise
         finally:
             watcher.cancel()
+
+    def spend(self, tokens: int) -> None:
+        """Count tokens for the key that asked."""
+        if self.key is not None:
+            self.key.spend(tokens)
 
     def close(self) -> None:
         """Give back what `json` has counted."""

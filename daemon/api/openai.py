@@ -17,36 +17,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from ai_assistant.daemon.api import params
+from ai_assistant.daemon.api.choices import numbered
 from ai_assistant.daemon.api.messages import messages
-from ai_assistant.daemon.api.rendering import Renderer, StreamOptions, renderer, sse, usage_dict
+from ai_assistant.daemon.api.rendering import StreamOptions, sse, usage_dict, whole
 from ai_assistant.engines.contract import GenerateRequest
 from ai_assistant.errors import InvalidArgument, NotSupported
 
 __all__ = [
     "EmbeddingsRequest",
-    "Renderer",
     "StreamOptions",
+    "numbered",
     "parse_chat",
     "parse_completion",
     "parse_embeddings",
-    "renderer",
     "sse",
     "usage_dict",
+    "whole",
 ]
 
 COMPLETION_MAX_TOKENS = 16
 """What /v1/completions has always meant by no max_tokens; raw text has no natural end."""
 MAX_EMBEDDING_INPUTS = 2048
 
+_FORMAT = {"response_regex": "response_format.regex", "response_schema": "response_format.json_schema.schema"}
 # These mean the same in both endpoints and in `GenerateRequest`, which checks their types and ranges.
-_SAME = ("seed", "temperature", "top_p", "frequency_penalty", "presence_penalty", "top_k", "min_p")
-_COMMON = frozenset({"model", "stop", "stream", "stream_options", "max_tokens", *_SAME})
+_SAME = (
+    "seed", "temperature", "top_p", "frequency_penalty", "presence_penalty", "top_k", "min_p", "typical_p",
+    "repeat_penalty", "repeat_last_n", "mirostat", "mirostat_tau", "mirostat_eta", "logit_bias", "priority",
+    "ignore_eos",
+)  # fmt: skip
+_COMMON = frozenset(
+    {"model", "stop", "stream", "stream_options", "max_tokens", "n", "keep_alive", "response_format", *_SAME}
+)
 _CHAT = _COMMON | {
-    "messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "max_completion_tokens",
-    "logprobs", "top_logprobs",
+    "messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens", "logprobs", "top_logprobs",
 }  # fmt: skip
 _COMPLETION = _COMMON | {"prompt", "logprobs"}
-_BESIDE_COMPLETION = frozenset({"n", "best_of", "echo", "suffix", "logit_bias", *params.HARMLESS})
+_BESIDE_COMPLETION = frozenset({"best_of", "echo", "suffix", *params.HARMLESS})
 _BESIDE_CHAT = frozenset(params.DEFAULT_ONLY) - {"best_of", "echo", "suffix"} | set(params.HARMLESS)
 
 
@@ -56,6 +63,7 @@ class EmbeddingsRequest:
     texts: tuple[str, ...]
     base64: bool
     """Vectors as base64 of little-endian 32-bit floats, not as lists of numbers."""
+    keep_alive_s: float | None = None
 
 
 def parse_chat(body: Mapping[str, Any]) -> tuple[str, GenerateRequest, StreamOptions]:
@@ -71,7 +79,6 @@ def parse_chat(body: Mapping[str, Any]) -> tuple[str, GenerateRequest, StreamOpt
     choice = params.tool_choice(body.get("tool_choice"), names)
     values = _sampling(body)
     values["messages"] = messages(body.get("messages"))
-    values["response_schema"] = params.response_schema(body.get("response_format"))
     values["max_tokens"] = params.max_tokens(body)
     values["logprobs"] = params.chat_logprobs(body)
     if found:
@@ -83,8 +90,10 @@ def parse_chat(body: Mapping[str, Any]) -> tuple[str, GenerateRequest, StreamOpt
         stream=stream,
         include_usage=params.include_usage(body, stream),
         one_call=not params.flag(body, "parallel_tool_calls", default=True),
+        n=params.choices(body),
+        keep_alive_s=params.keep_alive(body),
     )
-    with _openai_names({"logprobs": "top_logprobs", "max_tokens": _given_limit(body)}):
+    with _openai_names({"logprobs": "top_logprobs", "max_tokens": _given_limit(body), **_FORMAT}):
         return model, GenerateRequest.from_dict(values), options
 
 
@@ -102,8 +111,15 @@ def parse_completion(body: Mapping[str, Any]) -> tuple[str, GenerateRequest, Str
     values["max_tokens"] = COMPLETION_MAX_TOKENS if given is None else given
     values["logprobs"] = body.get("logprobs")
     stream = params.flag(body, "stream")
-    options = StreamOptions(chat=False, stream=stream, include_usage=params.include_usage(body, stream))
-    return model, GenerateRequest.from_dict(values), options
+    options = StreamOptions(
+        chat=False,
+        stream=stream,
+        include_usage=params.include_usage(body, stream),
+        n=params.choices(body),
+        keep_alive_s=params.keep_alive(body),
+    )
+    with _openai_names(_FORMAT):
+        return model, GenerateRequest.from_dict(values), options
 
 
 def parse_embeddings(body: Mapping[str, Any]) -> EmbeddingsRequest:
@@ -112,20 +128,22 @@ def parse_embeddings(body: Mapping[str, Any]) -> EmbeddingsRequest:
     Raises:
         InvalidArgument, NotSupported: with the parameter's name.
     """
-    params.check_names(body, frozenset({"model", "input", "encoding_format", "dimensions"}), frozenset(params.HARMLESS))
+    known = frozenset({"model", "input", "encoding_format", "dimensions", "keep_alive"})
+    params.check_names(body, known, frozenset(params.HARMLESS))
     model = params.text(body, "model")
     if body.get("dimensions") is not None:
         raise NotSupported("dimensions is not supported: vectors have the model's own length", param="dimensions")
     encoding = body.get("encoding_format")
     if encoding not in (None, "float", "base64"):
         raise InvalidArgument("encoding_format must be float or base64", param="encoding_format")
-    return EmbeddingsRequest(model, _inputs(body.get("input")), encoding == "base64")
+    return EmbeddingsRequest(model, _inputs(body.get("input")), encoding == "base64", params.keep_alive(body))
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: body[name] for name in _SAME if body.get(name) is not None}
     if body.get("stop") is not None:
         values["stop"] = params.stop(body["stop"])
+    values.update(params.response_format(body.get("response_format")))
     return values
 
 

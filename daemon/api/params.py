@@ -6,6 +6,7 @@ Every function takes the value from the body and returns what `GenerateRequest` 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,12 @@ from typing import Any
 from ai_assistant.errors import InvalidArgument, NotSupported
 
 MAX_TOOLS = 128
+MAX_CHOICES = 8
+"""Answers to one request."""
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(s|m|h|d)?")
+_UNITS_S = {None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LONGEST_S = 1e9
 # `GenerateRequest.tool_choice` holds either one of these words or a function's name.
 _CHOICES = ("none", "auto", "required")
 
@@ -22,7 +28,7 @@ HARMLESS: dict[str, tuple[tuple[type, ...], str]] = {
     "safety_identifier": ((str,), "as user"),
     "metadata": ((dict,), "labels for stored answers; nothing is stored"),
     "store": ((bool,), "nothing is stored on this device, whatever it says"),
-    "service_tier": ((str,), "there is one tier"),
+    "service_tier": ((str,), "there is one tier; `priority` says who waits for whom"),
     "prompt_cache_key": ((str,), "prefixes are shared by content"),
     "prompt_cache_retention": ((str,), "as prompt_cache_key"),
     "prompt_cache_options": ((dict,), "as prompt_cache_key"),
@@ -31,11 +37,9 @@ HARMLESS: dict[str, tuple[tuple[type, ...], str]] = {
 """Parameters that official clients send and that change no answer here: accepted types, and why."""
 
 DEFAULT_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "n": ((1,), "send the request once per answer"),
-    "best_of": ((1,), "send the request once per answer"),
+    "best_of": ((1,), "ask for n answers and choose one"),
     "echo": ((False,), "the prompt is what you sent"),
     "suffix": (("",), "no model here fills in the middle"),
-    "logit_bias": (({},), ""),
     "modalities": ((["text"],), "models here answer in text"),
     "reasoning_effort": (("none",), ""),
     "verbosity": (("medium",), "say in the prompt how long the answer should be"),
@@ -93,6 +97,42 @@ def integer(value: object, name: str) -> int:
     return value
 
 
+def choices(body: Mapping[str, Any]) -> int:
+    """`n`: how many answers."""
+    value = body.get("n")
+    if value is None:
+        return 1
+    if not 1 <= integer(value, "n") <= MAX_CHOICES:
+        raise InvalidArgument(f"n must be between 1 and {MAX_CHOICES}", param="n")
+    return integer(value, "n")
+
+
+def keep_alive(body: Mapping[str, Any]) -> float | None:
+    """`keep_alive`: seconds, or a text such as "5m"; 0 unloads after the answer, -1 keeps until memory is needed."""
+    value = body.get("keep_alive")
+    wrong = InvalidArgument(
+        "keep_alive must be seconds, a text such as 30s, 5m, 2h or 1d, 0, or -1 for ever", param="keep_alive"
+    )
+    if value is None:
+        return None
+    if isinstance(value, str):
+        text = value.strip()
+        if text == "-1":
+            return math.inf
+        found = _DURATION.fullmatch(text) if text.isascii() else None
+        if found is None:
+            raise wrong
+        value = float(found[1]) * _UNITS_S[found[2]]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong
+    if value == -1:
+        return math.inf
+    # NaN compares false with everything, so the test is for being inside.
+    if not 0 <= value <= _LONGEST_S:
+        raise wrong
+    return float(value)
+
+
 def stop(value: object) -> list[Any]:
     """A string or a list of strings; `GenerateRequest` checks the elements."""
     if isinstance(value, str):
@@ -136,23 +176,29 @@ def chat_logprobs(body: Mapping[str, Any]) -> int | None:
     return 0 if top is None else integer(top, "top_logprobs")
 
 
-def response_schema(value: object) -> Mapping[str, Any] | None:
-    """`response_format` to a schema: None is free text, {} any object."""
+def response_format(value: object) -> dict[str, Any]:
+    """The fields of `GenerateRequest` that it becomes: none for free text, a schema ({} is any object), a regex."""
     if value is None:
-        return None
+        return {}
     given = _object(value, "response_format")
     kind = given.get("type")
     if kind in ("text", "json_object"):
         _known(given, ("type",), "response_format")
-        return None if kind == "text" else {}
+        return {} if kind == "text" else {"response_schema": {}}
+    if kind == "regex":
+        _known(given, ("type", "regex"), "response_format")
+        pattern = given.get("regex")
+        if not isinstance(pattern, str) or not pattern:
+            raise InvalidArgument("response_format.regex must be a regular expression", param="response_format.regex")
+        return {"response_regex": pattern}
     if kind != "json_schema":
         raise InvalidArgument(
-            "response_format.type must be text, json_object or json_schema", param="response_format.type"
+            "response_format.type must be text, json_object, json_schema or regex", param="response_format.type"
         )
     _known(given, ("type", "json_schema"), "response_format")
     wrapper = _object(given.get("json_schema"), "response_format.json_schema")
     _known(wrapper, ("name", "description", "schema", "strict"), "response_format.json_schema")
-    return _object(wrapper.get("schema"), "response_format.json_schema.schema")
+    return {"response_schema": _object(wrapper.get("schema"), "response_format.json_schema.schema")}
 
 
 def tools(value: object) -> list[dict[str, Any]]:

@@ -16,8 +16,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ai_assistant.daemon.api.choices import Numbered
 from ai_assistant.daemon.api.errors import error_bytes
 from ai_assistant.engines.contract import Chunk, Event, Finished, Queued, TokenLogprob, ToolCall, Usage
+from ai_assistant.engines.usage import together
 from ai_assistant.errors import AIAssistantError, InternalError
 
 _log = logging.getLogger(__name__)
@@ -39,6 +41,10 @@ class StreamOptions:
     """A last chunk with the usage; the others then carry "usage": null."""
     one_call: bool = False
     """parallel_tool_calls is false: the first tool call only."""
+    n: int = 1
+    """Answers to the one request."""
+    keep_alive_s: float | None = None
+    """For `Service.generate`."""
 
 
 class Renderer(ABC):
@@ -48,11 +54,13 @@ class Renderer(ABC):
     _chunk_object = ""
     _id_prefix = ""
 
-    def __init__(self, model: str, options: StreamOptions) -> None:
-        self.id = self._id_prefix + os.urandom(12).hex()
-        self.created = int(time.time())
+    def __init__(self, model: str, options: StreamOptions, index: int = 0, like: Renderer | None = None) -> None:
+        self.id: str = like.id if like else self._id_prefix + os.urandom(12).hex()
+        self.created: int = like.created if like else int(time.time())
         self.model = model
         self.options = options
+        self.index = index
+        """Which of the request's answers this is; `like` is another of them."""
         head = {"id": self.id, "object": self._chunk_object, "created": self.created, "model": model}
         self._head = "data: " + _encode(head)[:-1]
         self._tail = (',"usage":null' if options.include_usage else "") + "}\n\n"
@@ -71,39 +79,26 @@ class Renderer(ABC):
 
     @abstractmethod
     def choice(self, text: str, logprobs: Sequence[TokenLogprob], event: Finished) -> dict[str, Any]:
-        """The one choice of a whole answer."""
+        """This answer, whole."""
 
     def event(self, event: Event) -> bytes:
-        """The bytes for one event; after `Finished` the stream is complete."""
+        """The bytes for one event; after `Finished` this answer is complete."""
         if isinstance(event, Chunk):
             return self.chunk(event)
         if isinstance(event, Queued):
             eta = "" if event.eta_s is None else f", {max(0.0, event.eta_s):.1f} s to wait"
             return _bytes(f": {event.position} before you{eta}\n\n")
-        out = self.last(event)
-        if self.options.include_usage:
-            out += _bytes(f'{self._head},"choices":[],"usage":{_encode(usage_dict(event.usage))}}}\n\n')
-        return out + DONE
+        return self.last(event)
 
-    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        """The answer as one object.
+    def end(self, usage: Usage) -> bytes:
+        """What ends a stream when all its answers are complete."""
+        if not self.options.include_usage:
+            return DONE
+        return _bytes(f'{self._head},"choices":[],"usage":{_encode(usage_dict(usage))}}}\n\n') + DONE
 
-        Raises:
-            InternalError: the last event is not `Finished`.
-        """
-        end = events[-1] if events else None
-        if not isinstance(end, Finished):
-            raise InternalError("the generation ended without a result")
-        chunks = [each for each in events if isinstance(each, Chunk)]
-        logprobs = [token for each in chunks for token in each.logprobs]
-        return {
-            "id": self.id,
-            "object": self._object,
-            "created": self.created,
-            "model": self.model,
-            "choices": [self.choice("".join(each.text for each in chunks), logprobs, end)],
-            "usage": usage_dict(end.usage),
-        }
+    def head(self) -> dict[str, Any]:
+        """What a whole answer begins with."""
+        return {"id": self.id, "object": self._object, "created": self.created, "model": self.model}
 
     def _calls(self, event: Finished) -> list[dict[str, Any]]:
         calls = event.tool_calls[:1] if self.options.one_call else event.tool_calls
@@ -115,9 +110,9 @@ class ChatRenderer(Renderer):
     _chunk_object = "chat.completion.chunk"
     _id_prefix = "chatcmpl-"
 
-    def __init__(self, model: str, options: StreamOptions) -> None:
-        super().__init__(model, options)
-        self._before = self._head + ',"choices":[{"index":0,"delta":'
+    def __init__(self, model: str, options: StreamOptions, index: int = 0, like: Renderer | None = None) -> None:
+        super().__init__(model, options, index, like)
+        self._before = f'{self._head},"choices":[{{"index":{index},"delta":'
         self._after = ',"finish_reason":null}]' + self._tail
         self._before_text = self._before + '{"content":'
         self._after_text = '},"logprobs":null' + self._after
@@ -150,7 +145,7 @@ class ChatRenderer(Renderer):
         if calls:
             message["tool_calls"] = calls
         return {
-            "index": 0,
+            "index": self.index,
             "message": message,
             "logprobs": _chat_logprobs(logprobs) if logprobs else None,
             "finish_reason": str(event.reason),
@@ -162,9 +157,9 @@ class TextRenderer(Renderer):
     _chunk_object = "text_completion"
     _id_prefix = "cmpl-"
 
-    def __init__(self, model: str, options: StreamOptions) -> None:
-        super().__init__(model, options)
-        self._before_text = self._head + ',"choices":[{"index":0,"text":'
+    def __init__(self, model: str, options: StreamOptions, index: int = 0, like: Renderer | None = None) -> None:
+        super().__init__(model, options, index, like)
+        self._before_text = f'{self._head},"choices":[{{"index":{index},"text":'
         self._after = ',"finish_reason":null}]' + self._tail
         self._after_text = ',"logprobs":null' + self._after
         self._offset = 0
@@ -185,7 +180,7 @@ class TextRenderer(Renderer):
 
     def choice(self, text: str, logprobs: Sequence[TokenLogprob], event: Finished) -> dict[str, Any]:
         return {
-            "index": 0,
+            "index": self.index,
             "text": text,
             "logprobs": self._logprobs(logprobs) if logprobs else None,
             "finish_reason": str(event.reason),
@@ -204,13 +199,35 @@ class TextRenderer(Renderer):
         }
 
 
-def renderer(model: str, options: StreamOptions) -> Renderer:
-    """The renderer for what was asked; `model` is the name the answer carries."""
-    return ChatRenderer(model, options) if options.chat else TextRenderer(model, options)
+def renderers(model: str, options: StreamOptions) -> list[Renderer]:
+    """One for each answer that was asked for; `model` is the name they carry."""
+    kind = ChatRenderer if options.chat else TextRenderer
+    first = kind(model, options)
+    return [first, *(kind(model, options, index, first) for index in range(1, options.n))]
+
+
+def whole(model: str, events: Sequence[Numbered], options: StreamOptions) -> dict[str, Any]:
+    """All answers as one object.
+
+    Raises:
+        InternalError: one of them has no `Finished`.
+    """
+    made = renderers(model, options)
+    choices, usages = [], []
+    for out in made:
+        mine = [event for index, event in events if index == out.index]
+        end = mine[-1] if mine else None
+        if not isinstance(end, Finished):
+            raise InternalError("the generation ended without a result")
+        chunks = [each for each in mine if isinstance(each, Chunk)]
+        logprobs = [token for each in chunks for token in each.logprobs]
+        choices.append(out.choice("".join(each.text for each in chunks), logprobs, end))
+        usages.append(end.usage)
+    return {**made[0].head(), "choices": choices, "usage": usage_dict(together(usages))}
 
 
 async def sse(
-    model: str, events: AsyncGenerator[Event], options: StreamOptions, *, first: Event | None = None
+    model: str, events: AsyncGenerator[Numbered], options: StreamOptions, *, first: Numbered | None = None
 ) -> AsyncGenerator[bytes]:
     """A whole answer as server-sent events; each item is to be written at once, and as it is.
 
@@ -220,18 +237,24 @@ async def sse(
     Args:
         first: an event already taken from `events`, for callers that want to see errors before they answer.
     """
-    out = renderer(model, options)
+    made = renderers(model, options)
+    usages: list[Usage] = []
     try:
-        event = await anext(events) if first is None else first
-        data = out.start()
+        index, event = await anext(events) if first is None else first
+        data = b"".join(each.start() for each in made)
         while True:
-            data += out.event(event)
+            # Where several wait, one tells how long.
+            if not isinstance(event, Queued) or index == 0:
+                data += made[index].event(event)
+            if isinstance(event, Finished):
+                usages.append(event.usage)
+                if len(usages) == len(made):
+                    yield data + made[0].end(together(usages))
+                    return
             if data:
                 yield data
-            if isinstance(event, Finished):
-                return
             data = b""
-            event = await anext(events)
+            index, event = await anext(events)
     except StopAsyncIteration:
         _log.error("a generation of %s ended without a result", model)
         yield error_event(InternalError("the generation ended without a result"))

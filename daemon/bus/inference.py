@@ -16,7 +16,7 @@ from dbus_fast import Variant
 from ai_assistant.daemon.authority import Authority
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.service import DaemonService
-from ai_assistant.engines.contract import Chunk, Event, Finished, GenerateRequest
+from ai_assistant.engines.contract import Chunk, Finished, GenerateRequest
 from ai_assistant.errors import Busy, InternalError, InvalidArgument
 from ai_assistant.services.connection import Call, Outgoing
 from ai_assistant.services.values import plain, variants
@@ -59,7 +59,7 @@ class Inference:
     async def open_stream(self, call: Call, request: str) -> Outgoing:
         # Only needed here, and it is not small.
         from ai_assistant.daemon.api.jsonbody import parse_object
-        from ai_assistant.daemon.api.openai import parse_chat
+        from ai_assistant.daemon.api.openai import numbered, parse_chat
 
         uid = await self._authority.require(call, Scope.INFER)
         body = parse_object(request.encode("utf-8", "replace"))
@@ -67,7 +67,7 @@ class Inference:
         if self._streams[uid] >= self._service.config.limits_streams_per_caller:
             raise Busy("too many open streams", hint="close one of them")
         self._streams[uid] += 1
-        events = self._service.generate(name, parsed)
+        events = numbered(lambda each: self._service.generate(name, each, options.keep_alive_s), parsed, options.n)
         try:
             # What is wrong with the request is known by the first event, and then it is an error of this call.
             first = await anext(events)
@@ -100,7 +100,7 @@ class Inference:
             del self._streams[uid]
 
     async def _pump(
-        self, ours: socket.socket, model: str, events: AsyncGenerator[Event], first: Event, options: Any
+        self, ours: socket.socket, model: str, events: AsyncGenerator[Any], first: Any, options: Any
     ) -> None:
         """Write the stream; the reader's going away ends it at once, its stalling after `STALL_S`."""
         from ai_assistant.daemon.api.openai import sse

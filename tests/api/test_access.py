@@ -19,7 +19,10 @@ from ai_assistant.daemon.contract import Peer, Scope
 from ai_assistant.errors import ServiceUnavailable
 from tests.api.conftest import Api, Start, chat_body, request_bytes
 
-WORK = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize")
+WORK = (
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank", "/v1/classify",
+    "/tokenize", "/detokenize",
+)  # fmt: skip
 READ = ("/health", "/v1/models", "/v1/models/assistant:1", "/metrics")
 
 

@@ -304,7 +304,7 @@ def test_the_server_imports_nothing_heavy() -> None:
 
 
 async def test_an_answer_that_is_not_streamed_is_bounded(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ai_assistant.daemon.api.app.MAX_COLLECTED", 1 << 20)
+    monkeypatch.setattr("ai_assistant.daemon.api.answers.MAX_COLLECTED", 1 << 20)
     async with asyncio.timeout(10):
         response = await api.chat("!long")
     assert response.status_code == 400

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -12,7 +14,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from ai_assistant import errors
-from tests.api.conftest import Api
+from tests.api.conftest import Api, until
+from tests.support.fake_service import RECORD
 
 USER: Any = [{"role": "user", "content": "how warm is it"}]
 TOOLS: Any = [
@@ -102,6 +105,183 @@ async def test_log_probabilities(client: AsyncOpenAI) -> None:
     assert logprobs.content is not None
     assert [each.token for each in logprobs.content] == ["how ", "warm ", "is ", "it "]
     assert [each.logprob for each in logprobs.content[0].top_logprobs] == [-1.0, -2.0]
+
+
+async def test_several_answers(api: Api, client: AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model="assistant", messages=USER, n=3, seed=2**63 - 2)
+    assert [each.index for each in answer.choices] == [0, 1, 2]
+    assert {each.message.content for each in answer.choices} == {"how warm is it "}
+    # Each has a seed of its own, within 64 bits.
+    assert [each.seed for each in api.service.requests] == [2**63 - 2, 2**63 - 1, -(2**63)]
+    assert answer.usage is not None
+    # The prompt counts once.
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 12)
+    texts = await client.completions.create(model="assistant", prompt="a b c", n=2)
+    assert [(each.index, each.text) for each in texts.choices] == [(0, "a b c "), (1, "a b c ")]
+
+
+async def test_several_streamed_answers_interleave(api: Api, client: AsyncOpenAI) -> None:
+    api.service.pause_s = 0.01
+    stream = await client.chat.completions.create(
+        model="assistant", messages=USER, n=3, stream=True, stream_options={"include_usage": True}
+    )
+    found: dict[int, str] = {}
+    order: list[int] = []
+    ends: dict[int, str | None] = {}
+    usage = None
+    async for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            found[choice.index] = found.get(choice.index, "") + (choice.delta.content or "")
+            if choice.delta.content:
+                order.append(choice.index)
+            if choice.finish_reason:
+                ends[choice.index] = choice.finish_reason
+    assert found == dict.fromkeys(range(3), "how warm is it ")
+    assert ends == dict.fromkeys(range(3), "stop")
+    assert order != sorted(order)
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (4, 12)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_leaving_several_answers_ends_all(api: Api, stream: bool) -> None:
+    async def ask() -> None:
+        await api.chat("!forever", n=4, stream=stream)
+
+    asking = asyncio.create_task(ask())
+    await until(lambda: api.service.begun == 4)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await api.settled()
+    assert api.service.closed_early == 4
+
+
+async def test_one_of_several_answers_fails(api: Api, client: AsyncOpenAI) -> None:
+    api.service.errors["X"] = errors.WorkerCrashed("the worker died")
+    with pytest.raises(openai.InternalServerError, match="the worker died"):
+        await client.chat.completions.create(model="assistant", messages=[{"role": "user", "content": "!break X"}], n=3)
+    await api.settled()
+    await api.still_answers()
+
+
+async def test_what_openai_has_no_word_for_goes_as_extra_body(api: Api, client: AsyncOpenAI) -> None:
+    await client.chat.completions.create(
+        model="assistant", messages=USER, logit_bias={"50256": -100},
+        extra_body={
+            "top_k": 40, "min_p": 0.1, "typical_p": 0.9, "repeat_penalty": 1.2, "repeat_last_n": 16, "mirostat": 2,
+            "mirostat_tau": 3, "mirostat_eta": 0.2, "priority": "batch", "keep_alive": "5m", "ignore_eos": True,
+            "response_format": {"type": "regex", "regex": "[a-z ]+"},
+        },
+    )  # fmt: skip
+    request = api.service.requests[0]
+    assert (request.top_k, request.min_p, request.typical_p, request.repeat_penalty) == (40, 0.1, 0.9, 1.2)
+    assert (request.repeat_last_n, request.mirostat, request.mirostat_tau, request.mirostat_eta) == (16, 2, 3.0, 0.2)
+    assert (request.logit_bias, request.response_regex) == ({"50256": -100.0}, "[a-z ]+")
+    assert (request.priority, request.ignore_eos) == ("batch", True)
+    assert api.service.kept == [300.0]
+    await client.embeddings.create(model="assistant", input="x", extra_body={"keep_alive": -1})
+    assert api.service.kept == [300.0, math.inf]
+
+
+async def test_images_are_refused_clearly(client: AsyncOpenAI) -> None:
+    with pytest.raises(openai.InternalServerError, match="models here read text, not image_url") as caught:
+        await client.chat.completions.create(
+            model="assistant",
+            messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
+        )
+    assert (caught.value.status_code, caught.value.param) == (501, "messages[0].content[0].type")
+
+
+@pytest.fixture
+def ranker(api: Api) -> str:
+    name = "ranker:1"
+    api.service.records.append(replace(RECORD, name=name, builtin=False, capabilities=("rerank", "classify")))
+    return name
+
+
+async def test_rerank(client: AsyncOpenAI, ranker: str) -> None:
+    body = {
+        "model": ranker, "query": "warm fan", "documents": ["cold", {"text": "a warm fan"}, "warm", "fan"],
+        "top_n": 3, "return_documents": True,
+    }  # fmt: skip
+    answer: Any = await client.post("/rerank", body=body, cast_to=object)
+    assert [(each["index"], each["relevance_score"]) for each in answer["results"]] == [(1, 1.0), (2, 0.5), (3, 0.5)]
+    assert answer["results"][0]["document"] == {"text": "a warm fan"}
+    assert answer["usage"] == {"prompt_tokens": 8, "total_tokens": 8}
+    assert answer["model"] == ranker
+    plain: Any = await client.post("/rerank", body={**body, "return_documents": False, "top_n": None}, cast_to=object)
+    assert len(plain["results"]) == 4
+    assert "document" not in plain["results"][0]
+
+
+async def test_classify(client: AsyncOpenAI, ranker: str) -> None:
+    answer: Any = await client.post("/classify", body={"model": ranker, "input": ["a", "b c"]}, cast_to=object)
+    assert [(each["index"], each["prediction"], each["score"]) for each in answer["data"]] == [
+        (0, "long", 0.75),
+        (1, "long", 0.75),
+    ]
+    assert answer["data"][1]["predictions"] == [{"label": "long", "score": 0.75}, {"label": "short", "score": 0.25}]
+    assert answer["usage"]["total_tokens"] == 3
+
+
+async def test_what_the_model_cannot_do_is_refused_before_it_is_loaded(client: AsyncOpenAI, ranker: str) -> None:
+    with pytest.raises(openai.InternalServerError, match="does not generate text"):
+        await client.chat.completions.create(model=ranker, messages=USER)
+    with pytest.raises(openai.InternalServerError, match="gives no vectors"):
+        await client.embeddings.create(model=ranker, input="x")
+    with pytest.raises(openai.InternalServerError, match="does not rank"):
+        await client.post("/rerank", body={"model": "assistant", "query": "x", "documents": ["y"]}, cast_to=object)
+    with pytest.raises(openai.InternalServerError, match="does not classify"):
+        await client.post("/classify", body={"model": "assistant", "input": "x"}, cast_to=object)
+
+
+async def test_tokens_there_and_back(client: AsyncOpenAI) -> None:
+    root = client.with_options(base_url="http://localhost")
+    body = {"model": "assistant", "content": "one three one", "with_pieces": True}
+    made: Any = await root.post("/tokenize", body=body, cast_to=object)
+    assert made == {"tokens": [3, 5, 3], "count": 3, "pieces": ["xxx", "xxxxx", "xxx"]}
+    back: Any = await root.post("/detokenize", body={"model": "assistant", "tokens": [3, 5]}, cast_to=object)
+    assert back == {"content": "xxx xxxxx"}
+    health: Any = await root.get("/health", cast_to=object)
+    assert health["status"] == "ok"
+    assert "ai_assistant_requests_total" in await root.get("/metrics", cast_to=str)
+
+
+async def test_models_say_what_they_take_and_can(client: AsyncOpenAI) -> None:
+    extra = (await client.models.retrieve("assistant:1")).model_extra
+    assert extra is not None
+    assert extra["memory"]["weights_bytes"] == 4_000_000
+    assert extra["memory"]["total_bytes"] == 9_000_000
+    assert extra["capabilities"] == ["generate", "embed"]
+    assert (extra["pinned"], extra["resident_bytes"]) == (False, None)
+
+
+async def test_who_waits_is_told_where_it_stands(api: Api, client: AsyncOpenAI) -> None:
+    said: Any = [{"role": "user", "content": "!queue up"}]
+    whole = await client.chat.completions.with_raw_response.create(model="assistant", messages=said)
+    assert (whole.headers["x-queue-position"], whole.headers["x-queue-eta-seconds"]) == ("3", "41.5")
+    assert (whole.parse()).choices[0].message.content == "!queue up "
+    streamed = await api.chat("!queue up", stream=True, n=2)
+    assert streamed.headers["x-queue-position"] == "3"
+    comments = [line for line in streamed.text.splitlines() if line.startswith(":")]
+    assert comments == [": 3 before you, 41.5 s to wait", ": 1 before you"]
+    assert "x-queue-position" not in (await api.chat("not me")).headers
+
+
+async def test_a_full_queue_says_how_long_it_is(api: Api, client: AsyncOpenAI) -> None:
+    api.service.errors["X"] = errors.Busy("64 wait already")
+    assert (await api.chat("!raise X")).headers["retry-after"] == "1"
+    waiting = asyncio.create_task(api.chat("!line", stream=True))
+    await until(lambda: api.service.sent > 0)
+    await asyncio.sleep(0.05)
+    with pytest.raises(openai.RateLimitError) as caught:
+        await client.chat.completions.create(model="assistant", messages=[{"role": "user", "content": "!raise X"}])
+    assert 30 <= int(caught.value.response.headers["retry-after"]) <= 42
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await api.settled()
+    assert (await api.chat("!raise X")).headers["retry-after"] == "1"
 
 
 async def test_completions(client: AsyncOpenAI) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ai_assistant.daemon.api.openai import StreamOptions, renderer, sse
+from ai_assistant.daemon.api.openai import StreamOptions, sse, whole
 from ai_assistant.engines.contract import Chunk, Event, Finished, FinishReason, TokenLogprob, ToolCall, Usage
 from ai_assistant.errors import InternalError, WorkerCrashed
 
@@ -27,14 +27,19 @@ class Source:
         self.events = events
         self.closed = False
 
-    async def run(self) -> AsyncGenerator[Event]:
+    async def run(self) -> AsyncGenerator[tuple[int, Event]]:
         try:
             for each in self.events:
                 if isinstance(each, BaseException):
                     raise each
-                yield each
+                yield 0, each
         finally:
             self.closed = True
+
+
+def one(events: Sequence[Event], options: StreamOptions) -> dict[str, Any]:
+    """The only answer, whole."""
+    return whole("m:1", [(0, each) for each in events], options)
 
 
 async def stream(events: Sequence[Event | BaseException], options: StreamOptions) -> list[Any]:
@@ -115,8 +120,8 @@ async def test_without_parallel_calls_there_is_one() -> None:
         0,
         None,
     ]
-    whole = renderer("m:1", StreamOptions(chat=True, one_call=True)).whole([CALLS])
-    assert [each["function"]["name"] for each in whole["choices"][0]["message"]["tool_calls"]] == ["a"]
+    answer = one([CALLS], StreamOptions(chat=True, one_call=True))
+    assert [each["function"]["name"] for each in answer["choices"][0]["message"]["tool_calls"]] == ["a"]
 
 
 async def test_log_probabilities_of_a_chat() -> None:
@@ -132,7 +137,7 @@ async def test_log_probabilities_of_a_chat() -> None:
     }  # fmt: skip
     events: list[Event] = [Chunk("世", (token,)), STOP]
     assert (await stream(events, CHAT))[1]["choices"][0]["logprobs"] == want
-    assert renderer("m:1", StreamOptions(chat=True)).whole(events)["choices"][0]["logprobs"] == want
+    assert one(events, StreamOptions(chat=True))["choices"][0]["logprobs"] == want
 
 
 async def test_log_probabilities_of_a_text_count_offsets_over_chunks() -> None:
@@ -142,7 +147,7 @@ async def test_log_probabilities_of_a_text_count_offsets_over_chunks() -> None:
     events: list[Event] = [*[Chunk(each.token, (each,)) for each in tokens], STOP]
     chunks = await stream(events, TEXT)
     assert [each["choices"][0]["logprobs"]["text_offset"] for each in chunks[:2]] == [[0], [2]]
-    assert renderer("m:1", StreamOptions(chat=False)).whole(events)["choices"][0]["logprobs"] == {
+    assert one(events, StreamOptions(chat=False))["choices"][0]["logprobs"] == {
         "tokens": ["ab", "c"],
         "token_logprobs": [-1.0, -1.0],
         "top_logprobs": [{"o": -2.0}, {"o": -2.0}],
@@ -151,9 +156,9 @@ async def test_log_probabilities_of_a_text_count_offsets_over_chunks() -> None:
 
 
 def test_a_whole_chat() -> None:
-    whole = renderer("m:1", StreamOptions(chat=True)).whole([*map(Chunk, TEXTS), STOP])
-    assert whole["object"] == "chat.completion"
-    assert whole["choices"] == [
+    answer = one([*map(Chunk, TEXTS), STOP], StreamOptions(chat=True))
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"] == [
         {
             "index": 0,
             "message": {"role": "assistant", "content": "".join(TEXTS), "refusal": None},
@@ -161,13 +166,13 @@ def test_a_whole_chat() -> None:
             "finish_reason": "stop",
         }
     ]
-    assert whole["usage"]["total_tokens"] == 8
-    assert renderer("m:1", StreamOptions(chat=True)).whole([CALLS])["choices"][0]["message"]["content"] is None
+    assert answer["usage"]["total_tokens"] == 8
+    assert one([CALLS], StreamOptions(chat=True))["choices"][0]["message"]["content"] is None
 
 
 def test_an_answer_without_an_end_is_a_defect() -> None:
     with pytest.raises(InternalError):
-        renderer("m:1", StreamOptions(chat=True)).whole([Chunk("x")])
+        one([Chunk("x")], StreamOptions(chat=True))
 
 
 async def test_a_named_error_in_the_middle_is_an_event_and_the_end() -> None:

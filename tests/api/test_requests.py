@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -42,7 +43,9 @@ def test_the_least_that_a_chat_needs() -> None:
 def test_every_sampling_parameter_arrives() -> None:
     values = {
         "seed": 7, "temperature": 0.5, "top_p": 0.9, "frequency_penalty": -1, "presence_penalty": 1.5,
-        "top_k": 40, "min_p": 0.1,
+        "top_k": 40, "min_p": 0.1, "typical_p": 0.7, "repeat_penalty": 1.1, "repeat_last_n": 32, "mirostat": 2,
+        "mirostat_tau": 4.0, "mirostat_eta": 0.2, "logit_bias": {"50256": -100.0}, "priority": "batch",
+        "ignore_eos": True,
     }  # fmt: skip
     for request in (parse_chat(chat(**values))[1], parse_completion(text(**values))[1]):
         for name, value in values.items():
@@ -51,7 +54,8 @@ def test_every_sampling_parameter_arrives() -> None:
 
 def test_null_means_not_given() -> None:
     names = ("seed", "temperature", "stop", "tools", "tool_choice", "response_format", "max_tokens", "logprobs",
-             "stream", "stream_options", "n", "logit_bias", "audio", "user", "functions")  # fmt: skip
+             "stream", "stream_options", "n", "logit_bias", "audio", "user", "functions", "keep_alive",
+             "priority")  # fmt: skip
     assert parse_chat(chat(**dict.fromkeys(names))) == parse_chat(chat())
 
 
@@ -83,6 +87,33 @@ def test_response_formats() -> None:
     assert parse_chat(chat(response_format={"type": "text"}))[1].response_schema is None
     assert parse_chat(chat(response_format={"type": "json_object"}))[1].response_schema == {}
     assert parse_chat(chat(response_format=wrapped))[1].response_schema == schema
+
+
+def test_a_regular_expression_and_a_schema_go_with_both_kinds() -> None:
+    for _, request, _ in (
+        parse_chat(chat(response_format={"type": "regex", "regex": "[0-9]+"})),
+        parse_completion(text(response_format={"type": "regex", "regex": "[0-9]+"})),
+    ):
+        assert (request.response_regex, request.response_schema) == ("[0-9]+", None)
+    assert parse_completion(text(response_format={"type": "json_object"}))[1].response_schema == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        (None, None), (0, 0.0), (90, 90.0), (1.5, 1.5), (-1, math.inf), ("-1", math.inf), ("0", 0.0), ("45", 45.0),
+        ("30s", 30.0), ("5m", 300.0), ("1.5h", 5400.0), ("2d", 172800.0), (" 5m ", 300.0),
+    ],
+)  # fmt: skip
+def test_how_long_a_model_stays(given: Any, seconds: float | None) -> None:
+    assert parse_chat(chat(keep_alive=given))[2].keep_alive_s == seconds
+    assert parse_completion(text(keep_alive=given))[2].keep_alive_s == seconds
+    assert parse_embeddings({"model": "m", "input": "x", "keep_alive": given}).keep_alive_s == seconds
+
+
+def test_several_answers() -> None:
+    assert parse_chat(chat(n=8))[2].n == 8
+    assert parse_completion(text(n=1))[2] == StreamOptions(chat=False)
 
 
 def test_tools_and_the_choice_among_them() -> None:
@@ -223,6 +254,41 @@ def test_what_cannot_be_done_is_refused_unless_it_is_the_default(name: str) -> N
         ({"tool_choice": NAMED}, "tool_choice.function.name"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ({"temprature": 1}, "temprature"),
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 2.0}, "n"),
+        ({"n": -(10**9)}, "n"),
+        ({"logit_bias": []}, "logit_bias"),
+        ({"logit_bias": {"the": 1}}, "logit_bias.the"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+        ({"logit_bias": {"1": "x"}}, "logit_bias.1"),
+        ({"logit_bias": {"1": 100.5}}, "logit_bias.1"),
+        ({"logit_bias": {"9" * 30: 1}}, "logit_bias." + "9" * 20),
+        ({"logit_bias": {str(k): 1 for k in range(2000)}}, "logit_bias"),
+        ({"priority": "urgent"}, "priority"),
+        ({"priority": 1}, "priority"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"mirostat": 3}, "mirostat"),
+        ({"mirostat": True}, "mirostat"),
+        ({"mirostat_tau": -1}, "mirostat_tau"),
+        ({"repeat_penalty": 0}, "repeat_penalty"),
+        ({"repeat_last_n": -1}, "repeat_last_n"),
+        ({"typical_p": -0.1}, "typical_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"keep_alive": -2}, "keep_alive"),
+        ({"keep_alive": "5 minutes"}, "keep_alive"),
+        ({"keep_alive": ""}, "keep_alive"),
+        ({"keep_alive": "-5m"}, "keep_alive"),
+        ({"keep_alive": "٥m"}, "keep_alive"),
+        ({"keep_alive": 1e30}, "keep_alive"),
+        ({"keep_alive": True}, "keep_alive"),
+        ({"keep_alive": []}, "keep_alive"),
+        ({"response_format": {"type": "regex"}}, "response_format.regex"),
+        ({"response_format": {"type": "regex", "regex": 3}}, "response_format.regex"),
+        ({"response_format": {"type": "regex", "regex": ""}}, "response_format.regex"),
+        ({"response_format": {"type": "regex", "regex": "a" * 5000}}, "response_format.regex"),
+        ({"response_format": {"type": "regex", "regex": "a", "schema": {}}}, "response_format.schema"),
         ({"prompt": "hi"}, "prompt"),
         ({"echo": False}, "echo"),
     ],
@@ -243,9 +309,6 @@ def test_a_wrong_chat_parameter_is_named(more: dict[str, Any], param: str) -> No
          "messages[0].function_call"),
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type"),
         ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
-        ({"n": 2}, "n"),
-        ({"n": True}, "n"),
-        ({"n": 0}, "n"),
     ],
 )  # fmt: skip
 def test_what_no_model_here_can_do_is_not_supported(more: dict[str, Any], param: str) -> None:
@@ -267,8 +330,8 @@ def test_what_no_model_here_can_do_is_not_supported(more: dict[str, Any], param:
         ({"echo": True}, "echo", NotSupported),
         ({"suffix": "end"}, "suffix", NotSupported),
         ({"best_of": 2}, "best_of", NotSupported),
-        ({"n": 2}, "n", NotSupported),
-        ({"logit_bias": {"50256": -100}}, "logit_bias", NotSupported),
+        ({"n": 9}, "n", InvalidArgument),
+        ({"logit_bias": {"50256": -101}}, "logit_bias.50256", InvalidArgument),
         ({"logprobs": True}, "logprobs", InvalidArgument),
         ({"logprobs": 21}, "logprobs", InvalidArgument),
         ({"messages": []}, "messages", InvalidArgument),

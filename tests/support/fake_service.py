@@ -21,6 +21,7 @@ from ai_assistant.engines.contract import (
     Finished,
     FinishReason,
     GenerateRequest,
+    Queued,
     TokenLogprob,
     ToolCall,
     Usage,
@@ -50,7 +51,7 @@ class FakeService:
 
     The text steers: "!forever" never ends, "!stuck" never begins, "!long" sends 64 KiB pieces without end,
     "!big" 4 MB at once, "!raise NAME" raises the error in `self.errors[NAME]` before anything, "!break NAME"
-    after two pieces, "!empty" ends without a result.
+    after two pieces, "!empty" ends without a result, "!queue" waits behind others first, "!line" does so for ever.
     """
 
     def __init__(self) -> None:
@@ -154,6 +155,11 @@ class FakeService:
             while True:
                 yield Chunk("tick ")
                 await asyncio.sleep(0.01)
+        if text.startswith(("!queue", "!line")):
+            yield Queued(3, 41.5)
+            if text.startswith("!line"):
+                await asyncio.Event().wait()
+            yield Queued(1)
         if text.startswith("!stuck"):
             await asyncio.Event().wait()
         if text.startswith("!long"):
