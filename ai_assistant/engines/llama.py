@@ -15,7 +15,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from ai_assistant.engines import gguf_rules
+from ai_assistant.engines import gguf_rules, memory
 from ai_assistant.engines.contract import (
     EngineStats,
     Event,
@@ -37,6 +37,7 @@ from ai_assistant.errors import (
 
 MAX_SEQUENCES = 64
 MAX_QUEUED = 64
+SPECULATIVE = ("auto", "off", "lookup", "draft")
 MAX_TOKENIZE = 4 << 20
 """Characters of a text that is only to be counted."""
 
@@ -68,20 +69,22 @@ class LlamaEngine:
         with opened(path_or_fd) as fd:
             header = read_gguf(fd)
             info = gguf_rules.check(header)
-            options = replace(options, context_length=gguf_rules.context_of(header, options))
+            options = memory.settled(gguf_rules.memory_shape(header), options)
             _check_memory(header, options)
             from ai_assistant.engines.native import load_model
 
             model = load_model(fd, progress)
         try:
-            return cls(model, header, info, options)
+            return cls(model, header, info, options, files)
         except BaseException:
             from ai_assistant.engines.native import library
 
             library().llama_model_free(model)
             raise
 
-    def __init__(self, model: Any, header: Gguf, info: ModelInfo, options: LoadOptions) -> None:
+    def __init__(
+        self, model: Any, header: Gguf, info: ModelInfo, options: LoadOptions, files: Mapping[str, int]
+    ) -> None:
         from ai_assistant.engines.native import default_threads, library
         from ai_assistant.engines.templates import ChatTemplate
         from ai_assistant.engines.vocabulary import Vocabulary
@@ -100,46 +103,60 @@ class LlamaEngine:
         self._idle = threading.Condition(self._lock)
         self._users = 0
         self._closed = False
-        self._context: Any = None
         self._scheduler: Any = None
         if info.architecture in gguf_rules.DECODERS:
-            self._start()
+            self._start(files)
 
-    def _start(self) -> None:
-        from ai_assistant.engines.native import last_messages
+    def _start(self, files: Mapping[str, int]) -> None:
+        from ai_assistant.engines.context import ContextShape, NativeContext
         from ai_assistant.engines.scheduler import Scheduler
+        from ai_assistant.engines.speculation import outputs_ahead
+        from ai_assistant.engines.spill import SpillStore
 
-        lib, options = self._lib, self._options
-        parameters = lib.llama_context_default_params()
-        # A cache per sequence: in a shared one, attention walks over what idle slots keep (measured with four
-        # slots: 20 % on reading a prompt, 15 % on a token; and 10 % of the rate of four streams).
-        parameters.kv_unified = False
-        parameters.n_ctx = gguf_rules.cells_per_sequence(self._context_length) * options.sequences
-        parameters.n_batch = parameters.n_ubatch = options.batch_tokens
-        parameters.n_seq_max = options.sequences
-        # Only the last token of each sequence needs logits; reserving them for the whole batch takes
-        # hundreds of megabytes with a large vocabulary.
-        parameters.n_outputs_max = options.sequences
-        parameters.n_threads = parameters.n_threads_batch = self._threads
-        parameters.no_perf = True
-        parameters.offload_kqv = False
-        parameters.op_offload = False
-        last_messages()
-        self._context = lib.llama_init_from_model(self._model, parameters)
-        if not self._context:
-            raise OutOfMemory(
-                f"no context of {options.sequences} × {self._context_length} tokens: {last_messages()[:300]}",
-                hint="load with a smaller context_length or fewer sequences",
-            )
+        options, vocabulary = self._options, self._vocabulary
+        whole = self._info.architecture in gguf_rules.RECURRENT
+        guesses = 0 if whole or options.speculative == "off" else outputs_ahead(vocabulary.size, options.sequences)
+        shape = ContextShape(
+            cells=gguf_rules.cells_per_sequence(self._context_length),
+            sequences=options.sequences,
+            batch_tokens=options.batch_tokens,
+            outputs=options.sequences + guesses,
+            threads=self._threads,
+            kv_type=options.kv_type,
+            whole=whole,
+        )
+        context = NativeContext(self._lib, self._model, vocabulary.size, shape)
+        context.open()
+        try:
+            speculation = self._speculation(shape, guesses, files)
+        except BaseException:
+            context.close()
+            raise
         self._scheduler = Scheduler(
-            lib,
-            self._context,
-            self._vocabulary,
+            context,
+            vocabulary,
             context_length=self._context_length,
             sequences=options.sequences,
             batch_tokens=options.batch_tokens,
             max_queued=int(options.extra.get("max_queued", MAX_QUEUED)),
+            spill=SpillStore(options.spill_memory_bytes, options.spill_disk_bytes, files.get("spill")),
+            speculation=speculation,
         )
+
+    def _speculation(self, shape: Any, guesses: int, files: Mapping[str, int]) -> Any:
+        from ai_assistant.engines.speculation import Lookup, Speculation
+
+        mode = self._options.speculative
+        if mode == "draft" and "draft" not in files:
+            raise InvalidArgument("speculative is draft, but no draft model came with the model", param="speculative")
+        if not guesses:
+            return None
+        drafter: Any = Lookup()
+        if mode != "lookup" and "draft" in files:
+            from ai_assistant.engines.draft import open_draft
+
+            drafter = open_draft(self._lib, files["draft"], self._vocabulary, shape, self._context_length)
+        return Speculation(drafter, measured=mode == "auto", most=guesses)
 
     @property
     def info(self) -> ModelInfo:
@@ -176,7 +193,10 @@ class LlamaEngine:
         limit = self._limit(len(prompt), request.max_tokens)
         grammar = _grammar(request, functions if forced else ())
         sampler = Sampler(self._lib, self._vocabulary.native, self._vocabulary.size, request, grammar, prompt)
-        task = Task(prompt, limit, sampler, _output(request, functions, forced), request.logprobs)
+        task = Task(
+            prompt, limit, sampler, _output(request, functions, forced), request.logprobs,
+            priority=request.priority, ignore_end=request.ignore_eos and grammar is None,
+        )  # fmt: skip
         task.submitted = started
         try:
             self._scheduler.submit(task)
@@ -289,8 +309,6 @@ class LlamaEngine:
                 self._idle.wait()
         if self._embedder is not None:
             self._embedder.close()
-        if self._context:
-            self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
 
     def __enter__(self) -> LlamaEngine:
@@ -367,10 +385,16 @@ def checked_options(options: LoadOptions) -> LoadOptions:
         ("threads", 0, 512),
         ("batch_tokens", 1, 8192),
         ("memory_limit_bytes", 0, 1 << 50),
+        ("kv_limit_bytes", 0, 1 << 50),
+        ("spill_memory_bytes", 0, 1 << 50),
+        ("spill_disk_bytes", 0, 1 << 50),
     ):
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise InvalidArgument(f"{name} must be between {low} and {high}, not {value!r:.40}", param=name)
+    for name, words in (("kv_type", ("auto", "f16", "q8_0", "q4_0")), ("speculative", SPECULATIVE)):
+        if getattr(options, name) not in words:
+            raise InvalidArgument(f"{name} must be one of {', '.join(words)}", param=name)
     queued = options.extra.get("max_queued", MAX_QUEUED)
     if isinstance(queued, bool) or not isinstance(queued, int) or not 0 <= queued <= 1024:
         raise InvalidArgument("max_queued must be between 0 and 1024", param="max_queued")
@@ -391,9 +415,9 @@ def _check_memory(header: Gguf, options: LoadOptions) -> None:
 
 def _grammar(request: GenerateRequest, forced: Sequence[Any]) -> str | None:
     if forced:
-        from ai_assistant.engines.tools import call_schema
+        from ai_assistant.engines.tools import forced_grammar
 
-        return grammar_of(call_schema(forced, request.tool_choice), param="tools")
+        return forced_grammar(forced, request.tool_choice, parallel=request.parallel_tool_calls)
     if request.response_schema is not None:
         return grammar_of(request.response_schema)
     if request.response_regex is not None:
@@ -410,5 +434,5 @@ def _output(request: GenerateRequest, functions: Sequence[Any], forced: bool) ->
     if forced:
         return ForcedCall(names)
     if names and request.response_schema is None and request.response_regex is None:
-        return AutoCalls(request.stop, names)
+        return AutoCalls(request.stop, names, parallel=request.parallel_tool_calls)
     return PlainOutput(request.stop, enforced=request.response_schema is not None)

@@ -1,142 +1,94 @@
 """Continuous batching: one thread that decodes all running sequences of a model together.
 
-Each step takes one token of every sequence that is generating and fills the rest of the batch with
-prompts that wait to be read, so a long prompt never stops the others for longer than one step.
+Each step takes one token of every sequence that is generating (or several, where they are guessed) and fills
+what is left of its time with pieces of the prompts that are being read, all of them alike, so that neither a
+long prompt stops the others nor the first of many prompts the rest.
 """
 
 from __future__ import annotations
 
-import ctypes
-import queue
+import os
 import threading
 import time
-from collections import deque
-from typing import Any
+from pathlib import Path
 
-import numpy as np
-
-from ai_assistant.engines.contract import Chunk, EngineStats, Event, Finished, FinishReason, TokenLogprob, Usage
+from ai_assistant.engines.admission import Line, expected_starts, shares
+from ai_assistant.engines.batch import Batch, Tokens
+from ai_assistant.engines.caches import Caches
+from ai_assistant.engines.context import Context
+from ai_assistant.engines.contract import Chunk, EngineStats, FinishReason, Priority, Queued, TokenLogprob
 from ai_assistant.engines.native import last_messages
-from ai_assistant.engines.output import Output
-from ai_assistant.engines.sampling import Logits, Sampler, Scratch, logprobs_of
+from ai_assistant.engines.placement import WORTH, leader_of, pick
+from ai_assistant.engines.rates import Mean, Rate
+from ai_assistant.engines.sampling import logprobs_of
+from ai_assistant.engines.speculation import Speculation, first_reach, next_reach
+from ai_assistant.engines.spill import SpillStore
+from ai_assistant.engines.task import Slot, Task
 from ai_assistant.engines.vocabulary import Vocabulary
 from ai_assistant.errors import AIAssistantError, Busy, Cancelled, InternalError, InvalidModel
 
+__all__ = ["MAX_UNREAD", "Scheduler", "Task"]
+
 MAX_UNREAD = 4096
+"""Events that a slow reader may leave behind before its sequence waits for it."""
+_HANDOVER_S = 0.001
 # After somebody's first token the cores are left alone for a moment: what carries it to the reader (worker, daemon,
 # client) would otherwise wait a scheduler's slice, 3–5 ms, behind the threads of the next step. Once per generation.
-_HANDOVER_S = 0.001
-"""Events that a slow reader may leave behind before its sequence waits for it."""
-
-_WORTH_KEEPING = 16
-"""Tokens of a shared prefix below which a slot is as good as any other."""
-
-Tokens = np.ndarray[Any, np.dtype[np.int32]]
-
-
-class Task:
-    """A generation from the scheduler's side. `events` carries Event values and, last, perhaps an error."""
-
-    __slots__ = (
-        "cached", "cancelled", "ended", "events", "first", "last_token", "limit", "output", "paused", "produced",
-        "prompt", "sampler", "started", "submitted", "top",
-    )  # fmt: skip
-
-    def __init__(self, prompt: Tokens, limit: int, sampler: Sampler, output: Output, top: int | None) -> None:
-        self.prompt = prompt
-        self.limit = limit
-        self.sampler = sampler
-        self.output = output
-        self.top = top
-        self.events: queue.SimpleQueue[Event | AIAssistantError] = queue.SimpleQueue()
-        self.ended = threading.Event()
-        self.cancelled = False
-        self.paused = False
-        self.produced = 0
-        self.cached = 0
-        self.last_token = -1
-        self.submitted = time.monotonic()
-        self.started = 0.0
-        self.first = 0.0
-
-    def finish(self, reason: FinishReason) -> None:
-        now = time.monotonic()
-        rest, calls = self.output.finish()
-        if rest:
-            self.events.put(Chunk(rest))
-        if calls and reason is FinishReason.STOP:
-            reason = FinishReason.TOOL_CALLS
-        first = self.first or now
-        usage = Usage(
-            len(self.prompt), self.produced, self.cached,
-            queue_s=self.started - self.submitted, prefill_s=first - self.started, decode_s=now - first,
-        )  # fmt: skip
-        self.events.put(Finished(reason, usage, calls))
-        self.ended.set()
-        self.sampler.close()
-
-    def fail(self, error: AIAssistantError) -> None:
-        self.sampler.close()
-        self.events.put(error)
-        self.ended.set()
-
-
-class _Slot:
-    """One sequence of the context: what its cache holds, and the task that uses it."""
-
-    __slots__ = ("cells", "id", "length", "read", "task", "used")
-
-    def __init__(self, number: int, context: int) -> None:
-        self.id = number
-        self.cells: Tokens = np.zeros(context, dtype=np.int32)
-        self.length = 0
-        """Tokens in the cache."""
-        self.read = 0
-        """Tokens of the prompt that are in the cache or in the current batch."""
-        self.task: Task | None = None
-        self.used = 0.0
-
-    def common(self, prompt: Tokens) -> int:
-        """Length of the prefix that the cache and `prompt` share."""
-        count = min(self.length, len(prompt))
-        different = np.flatnonzero(self.cells[:count] != prompt[:count])
-        return int(different[0]) if len(different) else count
+_TELL_S = 1.0
+"""Least time between two things that somebody who waits is told."""
+_STEP_S, _STEP_ALONE_S = 0.3, 1.0
+"""How long reading prompts may make a step: beside sequences that write, and otherwise. It is also how long a
+cancellation or a newcomer waits."""
+_LEAST_STEP, _LEAST_STEP_ALONE = 32, 128
+"""Prompt tokens of a step however slow the model is; with fewer, reading itself gets slower."""
+_RATED = 16
+"""Prompt tokens from which a step says something about the speed of reading."""
 
 
 class Scheduler:
     """Owns a context and the thread that decodes it.
 
     Args:
-        context: the native context, made for `sequences` sequences of `context_length` tokens each.
+        context: for `sequences` sequences of `context_length` tokens each; closed by `close`.
         batch_tokens: most tokens per step.
         max_queued: tasks that may wait; more are `Busy`.
+        spill: where states of idle conversations go; closed by `close`.
+        speculation: guesses tokens ahead; None: nobody does. Closed by `close`.
     """
 
     def __init__(
         self,
-        lib: Any,
-        context: Any,
+        context: Context,
         vocabulary: Vocabulary,
         *,
         context_length: int,
         sequences: int,
         batch_tokens: int,
         max_queued: int,
+        spill: SpillStore | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        self._lib = lib
         self._context = context
-        self._memory = lib.llama_get_memory(context)
         self._vocabulary = vocabulary
         self._context_length = context_length
         self._max_queued = max_queued
-        self._slots = [_Slot(number, context_length) for number in range(sequences)]
-        self._batch = _Batch(lib, batch_tokens)
-        self._scratch = Scratch(lib, vocabulary.size)
-        self._logits = Logits(lib, context, vocabulary.size)
-        self._waiting: deque[Task] = deque()
+        self._slots = [Slot(number, context_length) for number in range(sequences)]
+        self._spill = spill or SpillStore(0)
+        self._caches = Caches(context, self._slots, self._spill)
+        self._speculation = speculation
+        self._batch = Batch(batch_tokens)
+        self._entries: list[tuple[Slot, int, int, Tokens | None]] = []
+        """Of the batch: slot, index of its first token, tokens, guesses among them."""
+        self._line = Line()
         self._wake = threading.Condition()
         self._closing = False
         self._broken: AIAssistantError | None = None
+        self._trimming: list[_Trim] = []
+        self._admitted = 0
+        self._running = 0
+        self._reading = Rate()
+        self._writing = Rate()
+        self._answer = Mean()
         self.steps = 0
         """Batches decoded so far."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -151,10 +103,10 @@ class Scheduler:
         with self._wake:
             if self._broken is not None or self._closing:
                 raise self._broken or Cancelled("the model is being unloaded")
-            free = sum(each.task is None for each in self._slots)
-            if len(self._waiting) >= self._max_queued + free:
-                raise Busy(f"{len(self._slots)} generations run and {len(self._waiting)} wait", hint="try again later")
-            self._waiting.append(task)
+            free = len(self._slots) - self.running
+            if len(self._line) >= self._max_queued + free:
+                raise Busy(f"{len(self._slots)} generations run and {len(self._line)} wait", hint="try again later")
+            self._line.add(task)
             self._wake.notify()
 
     def wake(self) -> None:
@@ -162,13 +114,28 @@ class Scheduler:
         with self._wake:
             self._wake.notify()
 
+    def trim(self) -> int:
+        """Drop spilled states in memory, and the whole context if nothing runs. Returns bytes freed."""
+        wish = _Trim()
+        with self._wake:
+            if self._broken is not None or self._closing:
+                return 0
+            self._trimming.append(wish)
+            self._wake.notify()
+        wish.done.wait()
+        return wish.freed
+
     def close(self) -> None:
-        """Cancel everything and stop the thread; idempotent."""
+        """Cancel everything, stop the thread and free the context; idempotent."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         if self._thread is not threading.current_thread():
             self._thread.join()
+            self._spill.close()
+            if self._speculation is not None:
+                self._speculation.close()
+            self._context.close()
 
     @property
     def broken(self) -> bool:
@@ -177,30 +144,38 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        return sum(each.task is not None for each in self._slots)
+        return self._running
 
     def stats(self) -> EngineStats:
         """What goes on, roughly: read without stopping the thread."""
+        caches, speculation = self._caches, self._speculation
         return EngineStats(
             running=self.running,
-            waiting=len(self._waiting),
+            waiting=len(self._line),
             sequences=len(self._slots),
             kv_cells=self._context_length * len(self._slots),
             kv_used=sum(each.length for each in self._slots),
+            prefix_hits=caches.prefix_hits,
+            prefix_tokens=caches.prefix_tokens,
+            spilled_bytes=self._spill.size_bytes,
+            restored=caches.restored,
+            draft_tokens=speculation.drafted if speculation else 0,
+            draft_accepted=speculation.accepted if speculation else 0,
+            prefill_tokens_per_s=self._reading.per_s,
+            decode_tokens_per_s=self._writing.per_s,
         )
-
-    def trim(self) -> int:
-        """Nothing yet that the cache's fixed buffer could give back."""
-        return 0
 
     # Everything below runs on the thread alone.
 
     def _run(self) -> None:
         try:
             while not self._closing:
+                if self._trimming:
+                    self._trim()
+                started = time.perf_counter()
                 self._admit()
                 if self._fill():
-                    self._decode()
+                    self._decode(started)
                 else:
                     self._wait()
             reason: AIAssistantError = Cancelled("the model was unloaded")
@@ -210,23 +185,27 @@ class Scheduler:
             reason = InternalError(f"the engine failed: {type(error).__name__}: {error}")
         with self._wake:
             self._broken = reason
-            waiting, self._waiting = self._waiting, deque()
+            waiting = self._line.clear()
+            wishes, self._trimming = self._trimming, []
         for task in [*waiting, *(each.task for each in self._slots if each.task is not None)]:
             task.fail(reason)
+        for wish in wishes:
+            wish.done.set()
 
     def _wait(self) -> None:
         with self._wake:
             # Looked at again under the lock, so that nothing that was notified before is lost.
-            if self._closing or (self._waiting and self.running < len(self._slots)) or self._is_ready():
+            if self._closing or self._trimming or (len(self._line) and self.running < len(self._slots)):
                 return
-            self._wake.wait()
+            if not self._is_ready():
+                self._wake.wait()
 
     def _is_ready(self) -> bool:
         for slot in self._slots:
             task = slot.task
             if task is not None and (task.cancelled or not self._must_pause(task)):
                 return True
-        return any(each.cancelled for each in self._waiting)
+        return self._line.any_cancelled
 
     @staticmethod
     def _must_pause(task: Task) -> bool:
@@ -234,206 +213,328 @@ class Scheduler:
         task.paused = unread > (MAX_UNREAD // 2 if task.paused else MAX_UNREAD)
         return task.paused
 
+    # Admission
+
     def _admit(self) -> None:
-        """Free what was cancelled, and give free slots to those who wait, first come, first served."""
+        """Free what was cancelled, and give free slots to those who wait."""
         for slot in self._slots:
             if slot.task is not None and slot.task.cancelled:
                 self._release(slot).fail(Cancelled("the generation was cancelled"))
-        while self._waiting:
-            task = self._waiting[0]
-            if task.cancelled:
-                with self._wake:
-                    self._waiting.popleft()
-                task.fail(Cancelled("the generation was cancelled"))
-                continue
-            free = [each for each in self._slots if each.task is None]
-            if not free:
-                break
-            with self._wake:
-                self._waiting.popleft()
-            self._start(max(free, key=lambda each: self._fitness(each, task.prompt)), task)
-        if len(self._waiting) and any(each.cancelled for each in self._waiting):
-            self._drop_cancelled()
-
-    def _drop_cancelled(self) -> None:
+        if not len(self._line):
+            return
         with self._wake:
-            gone = [each for each in self._waiting if each.cancelled]
-            self._waiting = deque(each for each in self._waiting if not each.cancelled)
+            gone = self._line.take_cancelled() if self._line.any_cancelled else []
         for task in gone:
             task.fail(Cancelled("the generation was cancelled"))
+        while len(self._line) and self.running < len(self._slots):
+            with self._wake:
+                task = self._line.next()
+            self._start(task)
+        if len(self._line):
+            self._tell()
 
-    def _fitness(self, slot: _Slot, prompt: Tokens) -> tuple[int, bool, float]:
-        """Which free slot a prompt goes to: the one with the longest shared prefix, if that is worth keeping;
-        then one beside a running sequence, since the library decodes neighbours in one pass; then the one
-        that was idle longest."""
-        common = slot.common(prompt)
-        beside = any(each.task is not None and abs(each.id - slot.id) == 1 for each in self._slots)
-        return common if common >= _WORTH_KEEPING else 0, beside, -slot.used
-
-    def _start(self, slot: _Slot, task: Task) -> None:
-        # At least one token must be decoded to have logits to sample from.
-        keep = min(slot.common(task.prompt), len(task.prompt) - 1)
-        lib = self._lib
-        if slot.length > keep and not lib.llama_memory_seq_rm(self._memory, slot.id, keep, -1):
-            # A recurrent state cannot be cut back, only cleared.
-            lib.llama_memory_seq_rm(self._memory, slot.id, -1, -1)
-            keep = 0
-        slot.length = slot.read = task.cached = keep
+    def _start(self, task: Task) -> None:
+        try:
+            self._context.open()
+        except AIAssistantError as error:
+            task.fail(error)
+            return
+        self._admitted += 1
+        task.order = self._admitted
+        slot = pick(self._slots, task.prompt, whole=self._context.whole)
         slot.task = task
+        slot.reach = 0
+        self._running += 1
         task.started = time.monotonic()
+        self._lead(slot, task)
 
-    def _release(self, slot: _Slot) -> Task:
+    def _lead(self, slot: Slot, task: Task) -> None:
+        """Wait for somebody who reads the same beginning, or take what there is and read on."""
+        slot.leader = None
+        leader = None if self._context.whole else leader_of(self._slots, task)
+        if leader is not None:
+            there = max((each.common(task.prompt) for each in self._slots), default=0)
+            if leader.tokens >= there + WORTH:
+                slot.leader, slot.goal = leader.task, leader.tokens
+                return
+        task.cached = self._caches.prepare(slot, task.prompt)
+
+    def _follow(self, slot: Slot, task: Task) -> bool:
+        """Whether the slot still waits for its leader."""
+        for other in self._slots:
+            if other.task is slot.leader and other.task is not None and other.task.last_token < 0:
+                if (other.length if other.leader is None else 0) < slot.goal:
+                    return True
+                break
+        self._lead(slot, task)
+        return slot.leader is not None
+
+    def _tell(self) -> None:
+        """Let those who wait know where they stand."""
+        now = time.monotonic()
+        with self._wake:
+            waiting = list(self._line)
+        if all(task.told >= 0 and now - task.told_at < _TELL_S for task in waiting):
+            return
+        starts = self._expected(waiting)
+        for position, task in enumerate(waiting):
+            if task.told != position and (task.told < 0 or now - task.told_at >= _TELL_S):
+                task.told, task.told_at = position, now
+                task.events.put(Queued(position, None if starts is None else round(starts[position], 3)))
+
+    def _expected(self, waiting: list[Task]) -> list[float] | None:
+        """Seconds until each of them gets a sequence; None before anything was measured."""
+        reading, writing = self._reading.per_s, self._writing.per_s
+        if not reading or not writing:
+            return None
+        each_writes = writing / max(1, self.running)
+        usual = self._answer.value
+
+        def left(task: Task, unread: int) -> float:
+            # Answers rarely use what they may; those before say how much.
+            limit = task.limit if usual is None or task.ignore_end else min(task.limit, max(usual, task.produced + 1))
+            return unread / reading + max(0.0, limit - task.produced) / each_writes
+
+        running = [
+            0.0 if each.task is None else left(each.task, max(0, len(each.task.prompt) - each.length))
+            for each in self._slots
+        ]
+        return expected_starts(running, [left(each, len(each.prompt)) for each in waiting])
+
+    def _release(self, slot: Slot) -> Task:
         task = slot.task
         assert task is not None
-        slot.task = None
+        slot.task = slot.leader = None
         slot.used = time.monotonic()
+        self._running -= 1
         return task
+
+    # A step
 
     def _fill(self) -> bool:
         """Make the next batch; False if there is nothing to decode."""
         batch = self._batch
-        batch.clear()
-        reading: list[_Slot] = []
+        batch.count = 0
+        self._entries.clear()
+        writing: list[Slot] = []
+        reading: list[Slot] = []
         for slot in self._slots:
             task = slot.task
             if task is None:
                 continue
-            if task.last_token < 0:
+            if task.last_token >= 0:
+                if not self._must_pause(task):
+                    writing.append(slot)
+            elif slot.leader is None or not self._follow(slot, task):
                 reading.append(slot)
-            elif not self._must_pause(task):
-                batch.add(slot, task.last_token, slot.length)
-        for slot in reading:
-            room = batch.room
-            if room <= 0:
-                break
-            assert slot.task is not None
-            batch.add_prompt(slot, slot.task.prompt[slot.read : slot.read + room], len(slot.task.prompt))
+        if not reading:
+            guesses = self._guess(writing) if self._speculation is not None and writing else None
+            for index, slot in enumerate(writing):
+                self._add_writer(slot, None if guesses is None else guesses[index])
+        else:
+            parts = self._parts(reading, bool(writing), len(writing))
+            # In the order of their numbers: see Batch.
+            for slot in self._slots:
+                if slot in parts:
+                    self._add_reader(slot, parts[slot])
+                elif slot in writing:
+                    self._add_writer(slot, None)
         return batch.count > 0
 
-    def _decode(self) -> None:
-        batch = self._batch
-        code = self._lib.llama_decode(self._context, batch.native)
+    def _parts(self, reading: list[Slot], beside: bool, taken: int) -> dict[Slot, int]:
+        """How many tokens of which prompt are read in this step."""
+        size = self._batch.size
+        rate = self._reading.per_s
+        if rate:
+            seconds, least = (_STEP_S, _LEAST_STEP) if beside else (_STEP_ALONE_S, _LEAST_STEP_ALONE)
+            size = min(size, max(least, int(rate * seconds)))
+        room = min(size, self._batch.size - taken)
+        parts: dict[Slot, int] = {}
+        interactive = [each for each in reading if each.task is not None and each.task.priority != Priority.BATCH]
+        batch = [each for each in reading if each not in interactive]
+        # Batch prompts take what interactive ones leave, but an eighth at least: they shall end some day.
+        least = min(max(1, room // 8), room - len(interactive)) if batch and interactive else 0
+        for group, portion in ((interactive, room - max(0, least)), (batch, room)):
+            left = portion if group is interactive else room - sum(parts.values())
+            wanted = [len(each.task.prompt) - each.length for each in group if each.task is not None]
+            for slot, count in zip(group, shares(wanted, left), strict=True):
+                if count > 0:
+                    parts[slot] = count
+        return parts
+
+    def _guess(self, writing: list[Slot]) -> list[Tokens] | None:
+        room, wanted = self._batch.size // len(writing) - 1, []
+        for slot in writing:
+            task = slot.task
+            assert task is not None
+            room = min(
+                room, first_reach(slot.reach), task.limit - task.produced - 1, self._context_length - slot.length - 1
+            )
+            if room < 1:
+                return None
+            slot.cells[slot.length] = task.last_token
+            wanted.append((slot.id, slot.cells[: slot.length + 1]))
+        assert self._speculation is not None
+        return self._speculation.propose(wanted, room)
+
+    def _add_writer(self, slot: Slot, guesses: Tokens | None) -> None:
+        task = slot.task
+        assert task is not None
+        batch, at = self._batch, slot.length
+        slot.cells[at] = task.last_token
+        if guesses is None:
+            self._entries.append((slot, batch.add(slot.id, task.last_token, at), 1, None))
+            return
+        count = 1 + len(guesses)
+        slot.cells[at + 1 : at + count] = guesses
+        index = batch.extend(slot.id, slot.cells[at : at + count], at, count)
+        self._entries.append((slot, index, count, guesses))
+
+    def _add_reader(self, slot: Slot, count: int) -> None:
+        task = slot.task
+        assert task is not None
+        at, end = slot.length, slot.length + count
+        slot.cells[at:end] = task.prompt[at:end]
+        last = end == len(task.prompt)
+        self._entries.append((slot, self._batch.extend(slot.id, slot.cells[at:end], at, int(last)), count, None))
+
+    def _decode(self, started: float) -> None:
+        code = self._context.decode(self._batch)
         self.steps += 1
         if code != 0:
             self._recover(code)
             return
-        for slot, count in batch.entries:
-            at = batch.start_of(slot)
-            slot.cells[slot.length : slot.length + count] = batch.tokens[at : at + count]
-            slot.length += count
         began = False
-        for slot, index in batch.outputs:
+        read = produced = drafted = 0
+        for slot, index, count, guesses in self._entries:
             task = slot.task
             assert task is not None
-            began = began or task.first == 0.0
-            try:
-                self._advance(slot, task, index)
-            except AIAssistantError as error:
-                self._release(slot)
-                task.fail(error)
+            if task.last_token < 0:
+                read += count
+                slot.length += count
+                if slot.length < len(task.prompt):
+                    continue
+                began = True
+            elif guesses is not None:
+                drafted += len(guesses)
+                produced += self._check(slot, task, index, guesses)
+                continue
+            else:
+                slot.length += 1
+                produced += 1
+            self._advance(slot, task, index + count - 1)
+        self._measure(time.perf_counter() - started, read, produced, drafted)
         if began:
             time.sleep(_HANDOVER_S)
 
-    def _advance(self, slot: _Slot, task: Task, index: int) -> None:
-        """Sample one token of a sequence, and tell its reader."""
-        logits = self._logits.row(index)
-        token = task.sampler.choose(logits, self._scratch)
-        if task.first == 0.0:
-            task.first = time.monotonic()
-        vocabulary = self._vocabulary
-        if vocabulary.is_end(token):
-            self._release(slot)
-            task.finish(FinishReason.STOP)
+    def _measure(self, seconds: float, read: int, produced: int, drafted: int) -> None:
+        if read >= _RATED:
+            self._reading.add(read, seconds)
+        if read or not produced:
             return
-        task.last_token = token
-        task.produced += 1
-        text = task.output.feed(vocabulary.piece(token))
-        extra: tuple[TokenLogprob, ...] = ()
-        if task.top is not None:
-            extra = (logprobs_of(logits, token, task.top, vocabulary.piece),)
+        self._writing.add(produced, seconds)
+        if self._speculation is not None:
+            count = len(self._entries)
+            if drafted:
+                self._speculation.guessed(count, drafted, produced - count, seconds)
+            else:
+                self._speculation.plain(count, seconds)
+
+    def _check(self, slot: Slot, task: Task, index: int, guesses: Tokens) -> int:
+        """Take of the guesses what the sampler chooses as well, and its first other choice. Returns tokens taken."""
+        length = slot.length
+        taken = 0
+        for guess in (*guesses.tolist(), -1):
+            slot.length = length + taken + 1
+            taken += 1
+            going = self._advance(slot, task, index + taken - 1)
+            if not going or task.last_token != guess:
+                break
+        slot.reach = next_reach(slot.reach, len(guesses), taken - 1)
+        kept = slot.length
+        slot.length = length + 1 + len(guesses)
+        self._caches.cut(slot, kept)
+        if slot.length < kept and slot.task is not None:
+            # A cache that cannot be cut; guessing is not offered for those, so the weights lie about their kind.
+            self._release(slot).fail(InvalidModel("the model's cache cannot be cut back"))
+        return taken
+
+    def _advance(self, slot: Slot, task: Task, index: int) -> bool:
+        """Sample one token of a sequence, and tell its reader. Returns whether it goes on."""
+        try:
+            logits = self._context.row(index)
+            token = task.sampler.choose(logits, self._context.scratch)
+            if task.first == 0.0:
+                task.first = time.monotonic()
+            vocabulary = self._vocabulary
+            if not task.ignore_end and vocabulary.is_end(token):
+                self._end(slot, FinishReason.STOP)
+                return False
+            task.last_token = token
+            task.produced += 1
+            text = task.output.feed(vocabulary.piece(token))
+            extra: tuple[TokenLogprob, ...] = ()
+            if task.top is not None:
+                extra = (logprobs_of(logits, token, task.top, vocabulary.piece),)
+        except AIAssistantError as error:
+            self._release(slot).fail(error)
+            return False
         if text or extra:
             task.events.put(Chunk(text, extra))
         if task.output.stopped or task.output.complete or task.sampler.complete:
             # A complete answer needs no further step in which only an end token would be allowed.
-            self._release(slot)
-            task.finish(FinishReason.STOP)
-        elif task.produced >= task.limit or slot.length >= self._context_length:
-            self._release(slot)
-            task.finish(FinishReason.LENGTH)
+            self._end(slot, FinishReason.STOP)
+            return False
+        if task.produced >= task.limit or slot.length >= self._context_length:
+            self._end(slot, FinishReason.LENGTH)
+            return False
+        return True
+
+    def _end(self, slot: Slot, reason: FinishReason) -> None:
+        task = self._release(slot)
+        self._answer.add(task.produced)
+        task.finish(reason)
 
     def _recover(self, code: int) -> None:
         """A decode failed: those in the batch get an error, the caches start anew, the engine goes on."""
         reason = last_messages() or f"code {code}"
         error = InvalidModel(f"the inference library cannot run this model: {reason[:400]}")
-        self._lib.llama_memory_clear(self._memory, False)
+        self._context.clear()
+        self._caches.forget()
         for slot in self._slots:
-            slot.length = slot.read = 0
             if slot.task is not None:
                 self._release(slot).fail(error)
 
+    def _trim(self) -> None:
+        with self._wake:
+            wishes, self._trimming = self._trimming, []
+        before = _resident_bytes()
+        idle = not self.running and not len(self._line)
+        if idle and self._context.is_open:
+            self._caches.put_all_aside()
+            self._caches.forget()
+            self._context.close()
+            if self._speculation is not None:
+                self._speculation.trim()
+        self._spill.clear_memory()
+        freed = max(0, before - _resident_bytes())
+        for wish in wishes:
+            wish.freed = freed
+            wish.done.set()
 
-class _Batch:
-    """The library's batch over numpy buffers, so that a prompt is copied in one piece."""
 
-    def __init__(self, lib: Any, size: int) -> None:
-        self.size = size
-        self.count = 0
-        self.tokens: Tokens = np.zeros(size, dtype=np.int32)
-        self._positions: Tokens = np.zeros(size, dtype=np.int32)
-        self._sequences: Tokens = np.zeros(size, dtype=np.int32)
-        self._ones: Tokens = np.ones(size, dtype=np.int32)
-        self._wanted = np.zeros(size, dtype=np.int8)
-        address = self._sequences.ctypes.data
-        self._pointers = np.arange(address, address + 4 * size, 4, dtype=np.uint64)
-        self._range: Tokens = np.arange(1 << 20, dtype=np.int32) if size > 1 << 16 else np.arange(size, dtype=np.int32)
-        native = lib.llama_batch()
-        for name, array in (
-            ("token", self.tokens), ("pos", self._positions), ("n_seq_id", self._ones), ("seq_id", self._pointers),
-            ("logits", self._wanted),
-        ):  # fmt: skip
-            kind = dict(lib.llama_batch._fields_)[name]
-            setattr(native, name, ctypes.cast(array.ctypes.data, kind))
-        self.native = native
-        self.entries: list[tuple[_Slot, int]] = []
-        self.outputs: list[tuple[_Slot, int]] = []
-        self._starts: dict[int, int] = {}
+class _Trim:
+    """Somebody waits for memory."""
 
-    @property
-    def room(self) -> int:
-        return self.size - self.count
+    __slots__ = ("done", "freed")
 
-    def clear(self) -> None:
-        self.count = 0
-        self.entries.clear()
-        self.outputs.clear()
-        self._starts.clear()
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.freed = 0
 
-    def start_of(self, slot: _Slot) -> int:
-        return self._starts[slot.id]
 
-    def add(self, slot: _Slot, token: int, position: int) -> None:
-        at = self.count
-        self.tokens[at] = token
-        self._positions[at] = position
-        self._sequences[at] = slot.id
-        self._wanted[at] = 1
-        self._starts[slot.id] = at
-        self.entries.append((slot, 1))
-        self.outputs.append((slot, at))
-        self.count = self.native.n_tokens = at + 1
-
-    def add_prompt(self, slot: _Slot, part: Tokens, total: int) -> None:
-        """A part of a prompt of `total` tokens; its last token asks for logits."""
-        at, count = self.count, len(part)
-        end = at + count
-        self.tokens[at:end] = part
-        self._positions[at:end] = self._range[:count] + slot.length
-        self._sequences[at:end] = slot.id
-        self._wanted[at:end] = 0
-        self._starts[slot.id] = at
-        self.entries.append((slot, count))
-        slot.read += count
-        if slot.read == total:
-            self._wanted[end - 1] = 1
-            self.outputs.append((slot, end - 1))
-        self.count = self.native.n_tokens = end
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -316,7 +316,7 @@ def test_a_forced_tool_is_called_silently_but_with_logprobs(engine: LlamaEngine,
     for seed in range(4):
         text, last, events = _run(
             engine, messages=({"role": "user", "content": "go"},), tools=_TOOLS, tool_choice=choice, logprobs=2,
-            temperature=1.0, seed=seed, max_tokens=None,
+            temperature=1.0, seed=seed, max_tokens=None, parallel_tool_calls=False,
         )  # fmt: skip
         assert text == ""
         assert last.reason is FinishReason.TOOL_CALLS
@@ -408,7 +408,7 @@ def test_steps_grow_with_the_work(engine: LlamaEngine) -> None:
 def test_a_scheduler_that_broke_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LlamaEngine.open(tiny, LoadOptions(sequences=1, threads=1)) as broken:
 
-        def fail() -> None:
+        def fail(_started: float) -> None:
             raise RuntimeError("native nonsense")
 
         monkeypatch.setattr(broken._scheduler, "_decode", fail)
