@@ -41,6 +41,10 @@ class Manager:
         known: dict[str, Any] = (await (await self.bus()).call("GetStatus"))[0]
         return dict.fromkeys(STATUS_KEYS) | known
 
+    async def statistics(self) -> dict[str, Any]:
+        found: dict[str, Any] = (await (await self.bus()).call("GetStatistics"))[0]
+        return found
+
     async def models(self) -> list[Model]:
         bus = await self.bus()
         objects = (await bus.call("GetManagedObjects", interface="org.freedesktop.DBus.ObjectManager"))[0]
@@ -64,15 +68,15 @@ class Manager:
         finally:
             os.close(fd)
 
-    async def open_model(self, fd: int, name: str, context_length: int) -> str:
-        """The name of a transient model; it lives as long as this connection."""
-        options = {"name": Variant("s", slug(name))} if name else {}
-        if context_length:
     async def pull_model(self, source: str, name: str, options: dict[str, str]) -> str:
         values = {key: Variant("s", value) for key, value in options.items() if value}
         job: str = (await (await self.bus()).call("PullModel", "ssa{sv}", source, name, values))[0]
         return job
 
+    async def open_model(self, fd: int, name: str, context_length: int) -> str:
+        """The name of a transient model; it lives as long as this connection."""
+        options = {"name": Variant("s", slug(name))} if name else {}
+        if context_length:
             options["context_length"] = Variant("u", context_length)
         bus = await self.bus()
         _, given = await bus.call("OpenModel", "ha{sv}", 0, options, fds=[fd], timeout_s=_CHECK_TIMEOUT_S)

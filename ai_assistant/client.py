@@ -176,6 +176,10 @@ class Client:
         """The state of the machine and the daemon; the keys are listed in daemon/README.md."""
         return dict(self._run("status"))
 
+    def statistics(self) -> dict[str, Any]:
+        """What the models do; the keys are those of GetStatistics in docs/dbus.md."""
+        return dict(self._run("statistics"))
+
     def models(self) -> list[Model]:
         """All models, sorted by name; transient ones last."""
         return list(self._run("models"))
@@ -189,10 +193,6 @@ class Client:
         """Check a model file and copy it into the daemon's store. The job's result has the full "name"."""
         return Job(self, self._run("import_model", path, name))
 
-    def open_model(self, fd: int, *, name: str = "", context_length: int = 0) -> str:
-        """Serve an open file as a transient model, without a copy, until this client is closed.
-
-        Args:
     def pull_model(self, source: str, name: str = "", *, token: str = "", endpoint: str = "", sha256: str = "") -> Job:
         """Let the daemon download a model and import it. The job's result has the full "name".
 
@@ -208,6 +208,10 @@ class Client:
         options = {"token": token, "endpoint": endpoint, "sha256": sha256}
         return Job(self, self._run("pull_model", source, name, options))
 
+    def open_model(self, fd: int, *, name: str = "", context_length: int = 0) -> str:
+        """Serve an open file as a transient model, without a copy, until this client is closed.
+
+        Args:
             fd: open for reading; it may be closed afterwards.
             name: what the given name begins with.
             context_length: tokens per sequence; 0: chosen by the model and the memory.
@@ -348,6 +352,9 @@ class AsyncClient:
     async def status(self) -> dict[str, Any]:
         return await self._manager.status()
 
+    async def statistics(self) -> dict[str, Any]:
+        return await self._manager.statistics()
+
     async def models(self) -> list[Model]:
         return await self._manager.models()
 
@@ -357,6 +364,12 @@ class AsyncClient:
     async def import_model(self, path: str | os.PathLike[str], name: str) -> AsyncJob:
         return AsyncJob(self._manager, await self._manager.import_model(path, name))
 
+    async def pull_model(
+        self, source: str, name: str = "", *, token: str = "", endpoint: str = "", sha256: str = ""
+    ) -> AsyncJob:
+        options = {"token": token, "endpoint": endpoint, "sha256": sha256}
+        return AsyncJob(self._manager, await self._manager.pull_model(source, name, options))
+
     async def open_model(self, fd: int, *, name: str = "", context_length: int = 0) -> str:
         return await self._manager.open_model(fd, name, context_length)
 
@@ -364,12 +377,6 @@ class AsyncClient:
         return AsyncJob(self._manager, await self._manager.load(name))
 
     async def unload(self, name: str) -> None:
-    async def pull_model(
-        self, source: str, name: str = "", *, token: str = "", endpoint: str = "", sha256: str = ""
-    ) -> AsyncJob:
-        options = {"token": token, "endpoint": endpoint, "sha256": sha256}
-        return AsyncJob(self._manager, await self._manager.pull_model(source, name, options))
-
         await self._manager.unload(name)
 
     async def remove(self, name: str) -> None:

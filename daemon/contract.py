@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+from ai_assistant.daemon.metrics import Metrics
 from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest
 from ai_assistant.engines.memory import MemoryEstimate
 
@@ -91,6 +92,8 @@ class Counters:
     decode_s: float = 0.0
     worker_restarts: int = 0
     running: int = 0
+    metrics: Metrics = field(default_factory=Metrics)
+    """The same and more of each model."""
 
 
 class Service(Protocol):

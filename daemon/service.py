@@ -44,6 +44,7 @@ from ai_assistant.errors import (
     InvalidArgument,
     NoSuchModel,
     NotSupported,
+    OutOfMemory,
 )
 
 log = logging.getLogger(__name__)
@@ -61,9 +62,9 @@ class DaemonService:
         machine: Machine,
         counters: Counters,
         pins: Pins,
-    ) -> None:
         *,
         fetcher: Fetcher | None = None,
+    ) -> None:
         self.config = config
         self.registry = registry
         self.residency = residency
@@ -71,11 +72,11 @@ class DaemonService:
         self.machine = machine
         self.counters = counters
         self.pins = pins
-        self._pinning = asyncio.Lock()
         self.space = DiskSpace(registry.state, config.models_disk_reserve_bytes)
         self.pulls = Pulls(
             config, registry, jobs, self.space, fetcher or Fetcher(FETCH_SOCKET), lambda name: self.on_added(name)
         )
+        self._pinning = asyncio.Lock()
         self.state = "starting"
         self.on_added: Callable[[str], None] = lambda name: None
         self.on_removed: Callable[[str], None] = lambda name: None
@@ -106,28 +107,28 @@ class DaemonService:
         counters.requests += 1
         counters.running += 1
         self._begin()
-        finished = False
+        outcome = "cancelled"
         tokens = 0
+        ttft_s: float | None = None
+        began = counters.metrics.clock()
         try:
             async with aclosing(self.residency.generate(entry, request, keep_alive_s)) as events:
                 async for event in events:
                     if isinstance(event, Chunk):
                         tokens += 1
+                        ttft_s = counters.metrics.clock() - began if ttft_s is None else ttft_s
                     elif isinstance(event, Finished):
-                        finished = True
-                        self._account(event)
+                        outcome = "done"
+                        self._account(entry.name, event, ttft_s)
                     yield event
-        except Cancelled:
-            counters.cancelled += 1
-            finished = True
-            raise
-        except AIAssistantError:
-            counters.errors += 1
-            finished = True
+        except AIAssistantError as error:
+            outcome = _outcome(error)
+            counters.errors += outcome != "cancelled"
             raise
         finally:
             counters.running -= 1
-            if not finished:
+            counters.metrics.ended(entry.name, outcome)
+            if outcome == "cancelled":
                 counters.cancelled += 1
                 # The engine reports usage only at the end; chunks are the nearest count there is.
                 counters.completion_tokens += tokens
@@ -138,19 +139,19 @@ class DaemonService:
     ) -> tuple[list[list[float]], int]:
         async with self._counted(name, keep_alive_s) as worker:
             vectors, tokens = await worker.embed(texts)
-        self.counters.prompt_tokens += tokens
+        self._read(name, tokens)
         return vectors, tokens
 
     async def rerank(self, name: str, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
         async with self._counted(name) as worker:
             scores, tokens = await worker.rerank(query, documents)
-        self.counters.prompt_tokens += tokens
+        self._read(name, tokens)
         return scores, tokens
 
     async def classify(self, name: str, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
         async with self._counted(name) as worker:
             labels, tokens = await worker.classify(texts)
-        self.counters.prompt_tokens += tokens
+        self._read(name, tokens)
         return labels, tokens
 
     async def tokenize(self, name: str, text: str) -> list[int]:
@@ -174,14 +175,25 @@ class DaemonService:
 
     @asynccontextmanager
     async def _counted(self, name: str, keep_alive_s: float | None = None) -> AsyncIterator[Worker]:
-        self._entry(name)
+        full = self._entry(name).name
         self.counters.requests += 1
+        outcome = "cancelled"
         try:
             async with self._worker(name, keep_alive_s) as worker:
                 yield worker
-        except AIAssistantError:
+            outcome = "done"
+        except AIAssistantError as error:
             self.counters.errors += 1
+            outcome = _outcome(error)
             raise
+        finally:
+            self.counters.metrics.ended(full, outcome)
+
+    def _read(self, name: str, tokens: int) -> None:
+        self.counters.prompt_tokens += tokens
+        # The model may have gone meanwhile.
+        with suppress(NoSuchModel):
+            self.counters.metrics.read(self._entry(name).name, tokens)
 
     async def stats(self) -> Mapping[str, EngineStats]:
         names = [each.name for each in self.models() if each.state is ModelState.LOADED]
@@ -217,8 +229,9 @@ class DaemonService:
             "running": self.counters.running,
         }
 
-    def _account(self, event: Finished) -> None:
+    def _account(self, name: str, event: Finished, ttft_s: float | None) -> None:
         usage = event.usage
+        self.counters.metrics.observe(name, usage, ttft_s)
         self.counters.prompt_tokens += usage.prompt_tokens
         self.counters.completion_tokens += usage.completion_tokens
         self.counters.prefill_s += usage.prefill_s
@@ -325,6 +338,15 @@ class DaemonService:
         job.task.add_done_callback(lambda task: os.close(fd))
         return job
 
+    def pull_model(self, source: str, name: str, options: PullOptions, owner: str, uid: int) -> Job:
+        """Begin to download a model, or join the download of the same source that runs.
+
+        Raises:
+            InvalidArgument, Busy
+        """
+        self._accepting()
+        return self.pulls.start(source, name, options, owner, uid)
+
     def _check_target(self, name: str, source: Source) -> None:
         for entry in self.registry.all():
             if entry.name == name and (entry.builtin or entry.info.size_bytes != source.status.st_size):
@@ -337,15 +359,6 @@ class DaemonService:
         source = Source(fd, await inspect(fd, options), status)
         source.check_unchanged()
         return source
-
-    def pull_model(self, source: str, name: str, options: PullOptions, owner: str, uid: int) -> Job:
-        """Begin to download a model, or join the download of the same source that runs.
-
-        Raises:
-            InvalidArgument, Busy
-        """
-        self._accepting()
-        return self.pulls.start(source, name, options, owner, uid)
 
     async def open_model(self, fd: int, prefix: str, context_length: int, owner: str, uid: int | None = None) -> Entry:
         """Register a file that stays where it is; `fd` belongs to this from now on.
@@ -484,6 +497,13 @@ class DaemonService:
                 await self._idle.wait()
         except TimeoutError:
             log.warning("cancelling %d requests", self._working)
+
+
+def _outcome(error: AIAssistantError) -> str:
+    """One of `metrics.OUTCOMES`."""
+    if isinstance(error, Cancelled):
+        return "cancelled"
+    return "refused" if isinstance(error, Busy | OutOfMemory) else "failed"
 
 
 def _capabilities(info: ModelInfo) -> tuple[str, ...]:

@@ -6,7 +6,20 @@ from collections.abc import Sequence
 
 import typer
 
-from ai_assistant.cli import ask, banner, chat, config, doctor, install, model, status, storage, verify_boot, version
+from ai_assistant.cli import (
+    ask,
+    banner,
+    chat,
+    config,
+    doctor,
+    install,
+    model,
+    status,
+    storage,
+    top,
+    verify_boot,
+    version,
+)
 from ai_assistant.cli import run as run_command
 from ai_assistant.cli.group import Command, RootGroup
 from ai_assistant.cli.options import Debug, Json
@@ -46,6 +59,7 @@ def root(
 
 
 app.command("status", cls=Command)(status.status)
+app.command("top", cls=Command)(top.top)
 app.command("ask", cls=Command)(ask.ask)
 app.command("chat", cls=Command)(chat.chat)
 app.command("run", cls=Command)(run_command.run)

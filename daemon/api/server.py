@@ -50,7 +50,9 @@ async def serve(
         date_header=False,  # `State` has it
         h11_max_incomplete_event_size=limits.header_bytes,
     )
-    await _Server(config, stop, limits).serve(sockets=list(sockets))
+    server = _Server(config, stop, limits)
+    service.counters.metrics.connections = lambda: len(server.server_state.connections)
+    await server.serve(sockets=list(sockets))
 
 
 class _Server(uvicorn.Server):

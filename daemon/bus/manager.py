@@ -12,6 +12,7 @@ from ai_assistant.daemon.bus.model import no_options
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.journal import PRIORITIES, read_log
+from ai_assistant.daemon.metrics_summary import statistics
 from ai_assistant.daemon.pulls import PullOptions
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.version import VERSION
@@ -56,6 +57,12 @@ class Manager:
         empty = {key: Variant("av", []) for key in ("temperatures", "models") if not status[key]}
         return variants(status) | empty
 
+    async def get_statistics(self, call: Call) -> Mapping[str, Any]:
+        await self._authority.uid(call.sender)
+        found = await statistics(self._service)
+        empty = {"models": Variant("av", [])} if not found["models"] else {}
+        return variants(found) | empty
+
     async def list_models(self, call: Call) -> Sequence[str]:
         await self._authority.uid(call.sender)
         return [self._model_path(each.name) for each in self._service.models()]
@@ -69,13 +76,6 @@ class Manager:
         no_options(plain(options))
         return self._job_path(await self._service.import_model(file.take(), name, call.sender, uid))
 
-    async def open_model(self, call: Call, file: Descriptor, options: Mapping[str, Any]) -> tuple[str, str]:
-        uid = await self._authority.require(call, Scope.LOAD)
-        values = plain(options)
-        prefix = values.pop("name", "transient")
-        context_length = values.pop("context_length", 0)
-        no_options(values)
-        if not isinstance(prefix, str):
     async def pull_model(self, call: Call, source: str, name: str, options: Mapping[str, Any]) -> str:
         uid = await self._authority.require(call, Scope.IMPORT)
         values = plain(options)
@@ -86,6 +86,13 @@ class Manager:
                 raise InvalidArgument(f"{key} must be a string", param=key)
         return self._job_path(self._service.pull_model(source, name, PullOptions(**chosen), call.sender, uid))
 
+    async def open_model(self, call: Call, file: Descriptor, options: Mapping[str, Any]) -> tuple[str, str]:
+        uid = await self._authority.require(call, Scope.LOAD)
+        values = plain(options)
+        prefix = values.pop("name", "transient")
+        context_length = values.pop("context_length", 0)
+        no_options(values)
+        if not isinstance(prefix, str):
             raise InvalidArgument("name must be a string", param="name")
         if isinstance(context_length, bool) or not isinstance(context_length, int) or not 0 <= context_length < 1 << 24:
             raise InvalidArgument("context_length must be an integer from 0 to 16777215", param="context_length")

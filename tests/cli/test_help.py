@@ -16,7 +16,7 @@ from ai_assistant.cli.app import app
 from tests.cli.conftest import CHECKOUT, Cli, program
 
 COMMANDS = (
-    ("status",), ("ask",), ("chat",), ("run",), ("doctor",), ("install",), ("version",), ("config", "show"),
+    ("status",), ("top",), ("ask",), ("chat",), ("run",), ("doctor",), ("install",), ("version",), ("config", "show"),
     ("config", "check"), ("model", "list"), ("model", "show"), ("model", "import"), ("model", "remove"),
     ("model", "load"), ("model", "unload"), ("storage", "recovery-key"), ("storage", "acknowledge"),
     ("storage", "reseal"), ("verify-boot",),
