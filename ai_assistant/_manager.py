@@ -41,10 +41,6 @@ class Manager:
         known: dict[str, Any] = (await (await self.bus()).call("GetStatus"))[0]
         return dict.fromkeys(STATUS_KEYS) | known
 
-    async def statistics(self) -> dict[str, Any]:
-        found: dict[str, Any] = (await (await self.bus()).call("GetStatistics"))[0]
-        return found
-
     async def models(self) -> list[Model]:
         bus = await self.bus()
         objects = (await bus.call("GetManagedObjects", interface="org.freedesktop.DBus.ObjectManager"))[0]

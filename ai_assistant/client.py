@@ -176,10 +176,6 @@ class Client:
         """The state of the machine and the daemon; the keys are listed in daemon/README.md."""
         return dict(self._run("status"))
 
-    def statistics(self) -> dict[str, Any]:
-        """What the models do; the keys are those of GetStatistics in docs/dbus.md."""
-        return dict(self._run("statistics"))
-
     def models(self) -> list[Model]:
         """All models, sorted by name; transient ones last."""
         return list(self._run("models"))
@@ -351,9 +347,6 @@ class AsyncClient:
 
     async def status(self) -> dict[str, Any]:
         return await self._manager.status()
-
-    async def statistics(self) -> dict[str, Any]:
-        return await self._manager.statistics()
 
     async def models(self) -> list[Model]:
         return await self._manager.models()

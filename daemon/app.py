@@ -42,8 +42,8 @@ class Options:
     api_socket: Path | None = None
     """A socket to make when the service manager passed none."""
     worker_socket: Path = Path("/run/ai-assistant/worker.sock")
-    state_directory: Path = Path("/var/lib/ai-assistant")
     fetch_socket: Path = FETCH_SOCKET
+    state_directory: Path = Path("/var/lib/ai-assistant")
 
 
 def connector(path: Path) -> Callable[[], Awaitable[Worker]]:
@@ -106,9 +106,9 @@ class App:
         notify("STATUS=Reading models")
         sockets = self._sockets()
         await asyncio.to_thread(self.service.registry.scan)
+        await asyncio.to_thread(self.service.pulls.sweep)
         self.service.pins.keep_only(each.name for each in self.service.registry.all())
         connection = self._connection = Connection(
-        await asyncio.to_thread(self.service.pulls.sweep)
             map(bus.load, bus.NAMES),
             root=bus.ROOT,
             large=bus.TEXTS,

@@ -90,6 +90,12 @@ class Config:
     models_drain_timeout_s: float
     models_memory_reserve_bytes: int
     models_disk_reserve_bytes: int
+    pull_endpoint: str
+    pull_allow_http: bool
+    pull_attempts: int
+    pull_retry_first_s: float
+    pull_stall_s: float
+    pull_keep_parts_s: float
     worker_load_timeout_s: float
     worker_restart_first_s: float
     worker_restart_longest_s: float
@@ -100,12 +106,6 @@ class Config:
     limits_jobs_per_caller: int
     limits_models_per_caller: int
 
-    pull_endpoint: str
-    pull_allow_http: bool
-    pull_attempts: int
-    pull_retry_first_s: float
-    pull_stall_s: float
-    pull_keep_parts_s: float
 
 def load(root: Path | str = "/") -> Config:
     """Read the configuration below `root`.

@@ -44,7 +44,6 @@ from ai_assistant.errors import (
     InvalidArgument,
     NoSuchModel,
     NotSupported,
-    OutOfMemory,
 )
 
 log = logging.getLogger(__name__)
@@ -107,28 +106,28 @@ class DaemonService:
         counters.requests += 1
         counters.running += 1
         self._begin()
-        outcome = "cancelled"
+        finished = False
         tokens = 0
-        ttft_s: float | None = None
-        began = counters.metrics.clock()
         try:
             async with aclosing(self.residency.generate(entry, request, keep_alive_s)) as events:
                 async for event in events:
                     if isinstance(event, Chunk):
                         tokens += 1
-                        ttft_s = counters.metrics.clock() - began if ttft_s is None else ttft_s
                     elif isinstance(event, Finished):
-                        outcome = "done"
-                        self._account(entry.name, event, ttft_s)
+                        finished = True
+                        self._account(event)
                     yield event
-        except AIAssistantError as error:
-            outcome = _outcome(error)
-            counters.errors += outcome != "cancelled"
+        except Cancelled:
+            counters.cancelled += 1
+            finished = True
+            raise
+        except AIAssistantError:
+            counters.errors += 1
+            finished = True
             raise
         finally:
             counters.running -= 1
-            counters.metrics.ended(entry.name, outcome)
-            if outcome == "cancelled":
+            if not finished:
                 counters.cancelled += 1
                 # The engine reports usage only at the end; chunks are the nearest count there is.
                 counters.completion_tokens += tokens
@@ -139,19 +138,19 @@ class DaemonService:
     ) -> tuple[list[list[float]], int]:
         async with self._counted(name, keep_alive_s) as worker:
             vectors, tokens = await worker.embed(texts)
-        self._read(name, tokens)
+        self.counters.prompt_tokens += tokens
         return vectors, tokens
 
     async def rerank(self, name: str, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
         async with self._counted(name) as worker:
             scores, tokens = await worker.rerank(query, documents)
-        self._read(name, tokens)
+        self.counters.prompt_tokens += tokens
         return scores, tokens
 
     async def classify(self, name: str, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
         async with self._counted(name) as worker:
             labels, tokens = await worker.classify(texts)
-        self._read(name, tokens)
+        self.counters.prompt_tokens += tokens
         return labels, tokens
 
     async def tokenize(self, name: str, text: str) -> list[int]:
@@ -175,25 +174,14 @@ class DaemonService:
 
     @asynccontextmanager
     async def _counted(self, name: str, keep_alive_s: float | None = None) -> AsyncIterator[Worker]:
-        full = self._entry(name).name
+        self._entry(name)
         self.counters.requests += 1
-        outcome = "cancelled"
         try:
             async with self._worker(name, keep_alive_s) as worker:
                 yield worker
-            outcome = "done"
-        except AIAssistantError as error:
+        except AIAssistantError:
             self.counters.errors += 1
-            outcome = _outcome(error)
             raise
-        finally:
-            self.counters.metrics.ended(full, outcome)
-
-    def _read(self, name: str, tokens: int) -> None:
-        self.counters.prompt_tokens += tokens
-        # The model may have gone meanwhile.
-        with suppress(NoSuchModel):
-            self.counters.metrics.read(self._entry(name).name, tokens)
 
     async def stats(self) -> Mapping[str, EngineStats]:
         names = [each.name for each in self.models() if each.state is ModelState.LOADED]
@@ -229,9 +217,8 @@ class DaemonService:
             "running": self.counters.running,
         }
 
-    def _account(self, name: str, event: Finished, ttft_s: float | None) -> None:
+    def _account(self, event: Finished) -> None:
         usage = event.usage
-        self.counters.metrics.observe(name, usage, ttft_s)
         self.counters.prompt_tokens += usage.prompt_tokens
         self.counters.completion_tokens += usage.completion_tokens
         self.counters.prefill_s += usage.prefill_s
@@ -497,13 +484,6 @@ class DaemonService:
                 await self._idle.wait()
         except TimeoutError:
             log.warning("cancelling %d requests", self._working)
-
-
-def _outcome(error: AIAssistantError) -> str:
-    """One of `metrics.OUTCOMES`."""
-    if isinstance(error, Cancelled):
-        return "cancelled"
-    return "refused" if isinstance(error, Busy | OutOfMemory) else "failed"
 
 
 def _capabilities(info: ModelInfo) -> tuple[str, ...]:
