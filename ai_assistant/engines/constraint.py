@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ai_assistant.engines.gbnf import Walk, parsed
+from ai_assistant.engines.gbnf import TooComplex, Walk, parsed
 from ai_assistant.errors import InvalidArgument, NotSupported
 
 if TYPE_CHECKING:
@@ -21,19 +23,33 @@ class Constraint:
     it is named (a control token within a string would vanish from the answer), and be UTF-8 together with what
     came before.
 
+    Args:
+        param: the parameter of the request that the grammar comes from.
+
     Raises:
         InvalidArgument: following the grammar would take too much time or memory.
     """
 
-    def __init__(self, lib: Any, vocabulary: Any, grammar: str) -> None:
+    def __init__(self, lib: Any, vocabulary: Any, grammar: str, param: str) -> None:
         self._lib = lib
         self._vocabulary = vocabulary
-        self._walk = Walk(parsed(grammar))
+        self._param = param
+        self._native: Any = None
+        with self._named():
+            self._walk = Walk(parsed(grammar))
         self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
         self._ended = False
-        self._native: Any = lib.llama_sampler_init_grammar(vocabulary, grammar.encode(), b"root")
+        self._native = lib.llama_sampler_init_grammar(vocabulary, grammar.encode(), b"root")
         if not self._native:
-            raise InvalidArgument("the schema is too complex to be enforced", param="response_schema")
+            raise InvalidArgument("what is asked for is too complex to be enforced", param=param)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except TooComplex as error:
+            error.param = self._param
+            raise
 
     @property
     def complete(self) -> bool:
@@ -95,7 +111,8 @@ class Constraint:
             piece = scratch.piece(self._vocabulary, token)
             assert piece is not None
             # Counted here first: the library has no limit.
-            self._walk.feed(self._decoder.decode(piece))
+            with self._named():
+                self._walk.feed(self._decoder.decode(piece))
         self._lib.llama_sampler_accept(self._native, token)
 
     def close(self) -> None:

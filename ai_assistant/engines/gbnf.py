@@ -20,10 +20,10 @@ MAX_STACKS = 192
 """Ways in which a text may have come about. Following one token costs about the square of it."""
 MAX_EXPANDED = 60_000
 """Rules after the library has written out the repetitions; each takes some 200 bytes."""
-MAX_WALK = 1_000_000
-"""Steps of the library's check for left recursion."""
+MAX_WALK = 20_000_000
+"""Steps of the library's check for left recursion, some nanoseconds each."""
 MAX_NESTING = 64
-"""Brackets within brackets, which the library follows by recursion, as it does rules that begin with others."""
+"""Brackets within brackets, which the library follows by recursion."""
 _MAX_CLOSURE = 20_000
 _MAX_NODES = 200_000
 _OPENING = 16
@@ -76,9 +76,8 @@ class TooComplex(InvalidArgument):
 
 def _refused(why: str, hint: str = "") -> TooComplex:
     return TooComplex(
-        f"the schema or tools cannot be enforced: {why}",
-        hint=hint or "give alternatives that differ in their first property, and fewer of them",
-        param="response_schema",
+        f"what is asked for cannot be enforced: {why}",
+        hint=hint or "use fewer alternatives and optional properties, and such as differ at their beginning",
     )
 
 
@@ -159,64 +158,86 @@ class Grammar:
         """Count what the library's check for left recursion will do."""
         empty = self._nullable()
         costs: dict[str, int] = {}
-        open_rules: set[str] = set()
-
-        def of_rule(name: str) -> int:
-            if name not in self._rules:
-                raise ValueError(f"no GBNF: there is no rule {name!r}")
-            if name in costs:
-                return costs[name]
-            if name in open_rules:
-                raise _refused("a part of it means itself", "let a reference stand inside an object or a list")
-            if len(open_rules) > 8 * MAX_NESTING:
-                raise _refused("it is nested too deeply", "use fewer levels")
-            open_rules.add(name)
-            costs[name] = min(1 + sum(map(of_sequence, self._rules[name])), MAX_WALK + 1)
-            open_rules.discard(name)
-            return costs[name]
-
-        def of_sequence(sequence: _Sequence) -> int:
-            total = 1
-            for item in sequence.items:
-                if isinstance(item, _Set):
-                    break
-                if isinstance(item, _Rule):
-                    total += of_rule(item.name)
-                    if item.name not in empty:
-                        break
-                else:
-                    inner = sum(map(of_sequence, item.inner))
-                    hollow = any(self._is_empty(each, empty) for each in item.inner)
-                    total += inner * (max(item.low, item.high or 1) if hollow else 1)
-                    if item.low and not hollow:
-                        break
-            return min(total, MAX_WALK + 1)
-
         total = 0
-        for name, sequences in self._rules.items():
-            total += of_rule(name)
+        for name in self._in_order(empty):
+            costs[name] = min(1 + sum(self._cost(each, empty, costs) for each in self._rules[name]), MAX_WALK + 1)
+            total += costs[name]
+        for sequences in self._rules.values():
             # Every written-out repetition is a rule that is walked once more.
             todo = [each for sequence in sequences for each in sequence.items]
             while todo:
                 item = todo.pop()
                 if isinstance(item, _Repeat):
                     if (item.low, item.high) != (1, 1):
-                        total += max(item.low, item.high or 1) * sum(map(of_sequence, item.inner))
+                        inner = sum(self._cost(each, empty, costs) for each in item.inner)
+                        total += max(item.low, item.high or 1) * inner
                     todo += [each for sequence in item.inner for each in sequence.items]
         if total > MAX_WALK:
             raise _refused("its alternatives branch into too many others")
 
+    def _cost(self, sequence: _Sequence, empty: set[str], costs: dict[str, int]) -> int:
+        total = 1
+        for item in sequence.items:
+            if isinstance(item, _Set):
+                break
+            if isinstance(item, _Rule):
+                total += costs[item.name]
+                if item.name not in empty:
+                    break
+            else:
+                inner = sum(self._cost(each, empty, costs) for each in item.inner)
+                hollow = any(self._is_empty(each, empty) for each in item.inner)
+                total += inner * (max(item.low, item.high or 1) if hollow else 1)
+                if item.low and not hollow:
+                    break
+        return min(total, MAX_WALK + 1)
+
+    def _in_order(self, empty: set[str]) -> list[str]:
+        """All rules, each behind those that it may begin with."""
+        out: list[str] = []
+        done: dict[str, bool] = {}
+        for start in self._rules:
+            todo = [(start, False)]
+            while todo:
+                name, finished = todo.pop()
+                if finished:
+                    done[name] = True
+                    out.append(name)
+                elif name not in done:
+                    if name not in self._rules:
+                        raise ValueError(f"no GBNF: there is no rule {name!r}")
+                    done[name] = False
+                    todo.append((name, True))
+                    todo += [(each, False) for one in self._rules[name] for each in self._firsts(one, empty)]
+                elif not done[name]:
+                    raise _refused("a part of it means itself", "let a reference stand inside an object or a list")
+        return out
+
+    def _firsts(self, sequence: _Sequence, empty: set[str]) -> list[str]:
+        """The rules that a sequence may begin with."""
+        out: list[str] = []
+        for item in sequence.items:
+            if isinstance(item, _Set):
+                break
+            if isinstance(item, _Rule):
+                out.append(item.name)
+                if item.name not in empty:
+                    break
+            else:
+                out += [each for one in item.inner for each in self._firsts(one, empty)]
+                if item.low and not any(self._is_empty(each, empty) for each in item.inner):
+                    break
+        return out
+
     def _nullable(self) -> set[str]:
         empty: set[str] = set()
-        while True:
-            more = {
-                name
-                for name, sequences in self._rules.items()
-                if name not in empty and any(self._is_empty(each, empty) for each in sequences)
-            }
-            if not more:
-                return empty
-            empty |= more
+        before = -1
+        while len(empty) > before:
+            before = len(empty)
+            for name, sequences in self._rules.items():
+                if name not in empty and any(self._is_empty(each, empty) for each in sequences):
+                    empty.add(name)
+        return empty
 
     def _is_empty(self, sequence: _Sequence, empty: set[str]) -> bool:
         for item in sequence.items:

@@ -12,15 +12,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
+from ai_assistant.engines.grammar_numbers import integer_range
 from ai_assistant.errors import InvalidArgument
 
 MAX_DEPTH = 32
 MAX_RULES = 4000
-MAX_GRAMMAR = 1 << 20
+MAX_GRAMMAR = 256 << 10
+MAX_ENUM = 4000
+MAX_ALTERNATIVES = 128
+MAX_CALLS = 16
+"""Calls in one answer that a grammar forces."""
 MAX_REPEAT = 1000
-"""The library itself stops at 2000 repetitions; a character of a string is one rule with two alternatives."""
+"""The library itself stops at 2000 repetitions, and writes a rule for each."""
 
 _SILENT_WORDS = """
     $schema $id $comment $defs definitions title description default examples deprecated readOnly writeOnly
@@ -64,18 +70,48 @@ def grammar_of(schema: Mapping[str, Any], *, param: str = "response_schema") -> 
     Raises:
         InvalidArgument: the schema is wrong, too large, or uses what cannot be enforced.
     """
-    converter = _Converter(schema, param)
-    root = converter.visit(schema if schema else {"type": "object"}, (), "root")
-    return converter.text(root)
+    converter = _Converter(param)
+    return converter.text(converter.whole(schema if schema else {"type": "object"}))
+
+
+def call_grammar(functions: Sequence[Mapping[str, Any]], *, parallel: bool, param: str = "tools") -> str:
+    """GBNF for a call of one of `functions`, {"name": …, "arguments": …}, or with `parallel` also for a list of such.
+
+    Raises:
+        InvalidArgument: the schema of somebody's parameters is wrong, too large, or uses what cannot be enforced.
+    """
+    converter = _Converter(param)
+    call = converter.call(functions)
+    if not parallel:
+        return converter.text(call)
+    return converter.text(f'{call} | "[" ws {call} ("," ws {call}){{0,{MAX_CALLS - 1}}} ws "]"')
 
 
 class _Converter:
-    def __init__(self, root: Mapping[str, Any], param: str) -> None:
-        self._root = root
+    def __init__(self, param: str) -> None:
+        self._root: Mapping[str, Any] = {}
         self._param = param
         self._rules: dict[str, str] = {}
         self._references: dict[str, str] = {}
+        self._strings: dict[str, str] = {}
         self._count = 0
+        self._length = 0
+
+    def whole(self, schema: Mapping[str, Any]) -> str:
+        """The rule of a schema to which its references relate."""
+        self._root, self._references = schema, {}
+        return self.visit(schema, ())
+
+    def call(self, functions: Sequence[Mapping[str, Any]]) -> str:
+        self._primitive("ws")
+        ways: list[str] = []
+        for function in functions:
+            schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+            if not any(each in schema for each in ("type", "$ref", "anyOf", "oneOf", "allOf")):
+                # A schema without a type is an object all the same: arguments always are.
+                schema = {**schema, "type": "object"}
+            ways.append(rf'{self._literal(function["name"])} "," ws "\"arguments\"" ":" ws {self.whole(schema)}')
+        return self._rule(rf'"{{" ws "\"name\"" ":" ws ({" | ".join(ways)}) ws "}}"')
 
     def text(self, root: str) -> str:
         lines = [f"root ::= {root}", *(f"{name} ::= {body}" for name, body in self._rules.items())]
@@ -92,6 +128,9 @@ class _Converter:
         self._count += 1
         if self._count > MAX_RULES:
             raise self._error("the schema is too large")
+        self._length += len(body)
+        if self._length > MAX_GRAMMAR:
+            raise self._error("the schema is too large")
         name = f"r{self._count}"
         self._rules[name] = body
         return name
@@ -103,7 +142,7 @@ class _Converter:
                 self._primitive(each)
         return name
 
-    def visit(self, schema: Any, path: tuple[str, ...], _hint: str = "") -> str:
+    def visit(self, schema: Any, path: tuple[str, ...]) -> str:
         """The name of a rule, or an expression in brackets, for one schema."""
         if schema is True:
             return self._primitive("value")
@@ -117,11 +156,11 @@ class _Converter:
         if "$ref" in schema:
             return self._reference(schema, path)
         if "const" in schema:
-            return self._rule(_literal(schema["const"]))
+            return self._rule(self._literal(schema["const"], path))
         if "enum" in schema:
             return self._enum(schema["enum"], path)
         if "allOf" in schema:
-            return self.visit(self._merged(schema, path), path)
+            return self.visit(self._merged(schema, path), (*path, "allOf"))
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
                 return self._alternatives(schema, keyword, path)
@@ -156,8 +195,31 @@ class _Converter:
     def _enum(self, values: Any, path: tuple[str, ...]) -> str:
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise self._error("enum must be a list that is not empty", path)
-        self._count += len(values) // 4
-        return self._rule(" | ".join(_literal(each) for each in values))
+        if len(values) > MAX_ENUM:
+            raise self._error(f"enum has {len(values)} values, more than {MAX_ENUM}; the schema is too large", path)
+        return self._words(sorted({_json(each) for each in values if self._literal(each, path)}))
+
+    def _words(self, words: list[str], depth: int = 0) -> str:
+        """A rule for sorted texts that branches where they differ, so that there is only one way to go on."""
+        if depth > MAX_DEPTH:
+            return self._rule(" | ".join(map(_quoted, words)))
+        same = next((n for n, (a, b) in enumerate(zip(words[0], words[-1], strict=False)) if a != b), len(words[0]))
+        head = words[0][:same]
+        if len(words) == 1:
+            return self._rule(_quoted(head))
+        ways: list[str] = []
+        start = len(head)
+        for _, group in groupby(words, key=lambda each: each[start : start + 1]):
+            rest = [each[start:] for each in group]
+            ways.append(_quoted(rest[0]) if len(rest) == 1 else self._words(rest, depth + 1))
+        return self._rule(f"{_quoted(head)} ({' | '.join(ways)})" if head else " | ".join(ways))
+
+    def _literal(self, value: Any, path: tuple[str, ...] = ()) -> str:
+        """A JSON value as a GBNF literal; objects and lists as `json.dumps` writes them."""
+        try:
+            return _quoted(_json(value))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self._error("a constant cannot be written as JSON", path) from error
 
     def _merged(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         """allOf of objects becomes one object; anything else cannot be said in a grammar."""
@@ -173,6 +235,11 @@ class _Converter:
                 raise self._error("allOf can only join plain object schemas", path)
             if part.get("type", "object") != "object" or out.get("type", "object") != "object":
                 raise self._error("allOf can only join plain object schemas", path)
+            for each in (part, out):
+                if not isinstance(each.get("properties", {}), Mapping) or not isinstance(
+                    each.get("required", ()), list | tuple
+                ):
+                    raise self._error("properties must be an object and required a list", path)
             out["type"] = "object"
             out["properties"] = {**out.get("properties", {}), **part.get("properties", {})}
             out["required"] = [*out.get("required", ()), *part.get("required", ())]
@@ -184,6 +251,8 @@ class _Converter:
         parts = schema[keyword]
         if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
             raise self._error(f"{keyword} must be a list that is not empty", path)
+        if len(parts) > MAX_ALTERNATIVES:
+            raise self._error(f"{keyword} has more than {MAX_ALTERNATIVES} alternatives", path)
         others = [key for key in schema if key in _KEYWORDS and key not in (keyword, "type")]
         if others:
             raise self._error(f"{keyword} beside {others[0]!r} cannot be enforced", path)
@@ -195,6 +264,7 @@ class _Converter:
             kinds = [kinds]
         if not isinstance(kinds, Sequence) or not kinds or not all(each in (*_BY_TYPE, "any") for each in kinds):
             raise self._error(f"the type {str(kinds)[:40]!r} is unknown", path)
+        kinds = list(dict.fromkeys(kinds))
         if schema.get("nullable") is True and "null" not in kinds:
             kinds = [*kinds, "null"]
         if "any" in kinds:
@@ -215,13 +285,16 @@ class _Converter:
             return self._array(schema, path)
         if kind == "string" and ("minLength" in schema or "maxLength" in schema):
             self._primitive("char")
-            return self._rule(rf'"\"" char{self._repeat(schema, "minLength", "maxLength", path)} "\""')
+            bounds = self._repeat(schema, "minLength", "maxLength", path)
+            if bounds not in self._strings:
+                self._strings[bounds] = self._rule(rf'"\"" char{bounds} "\""')
+            return self._strings[bounds]
         if kind == "integer" and _BY_TYPE["integer"] & schema.keys():
             return self._integer(schema, path)
         return self._primitive(kind)
 
     def _repeat(self, schema: Mapping[str, Any], low: str, high: str, path: tuple[str, ...]) -> str:
-        minimum, maximum = schema.get(low, 0), schema.get(high)
+        minimum, maximum = _or_zero(schema.get(low)), schema.get(high)
         for key, value in ((low, minimum), (high, maximum)):
             if value is None:
                 continue
@@ -239,7 +312,7 @@ class _Converter:
                 value = schema.get(key)
                 if value is None:
                     continue
-                if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+                if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
                     raise self._error(f"{key} must be a whole number here", path)
                 values.append(int(value) + shift)
             bounds.append((max(values) if step == 1 else min(values)) if values else None)
@@ -248,18 +321,20 @@ class _Converter:
             raise self._error("integer bounds may have 15 digits at most", path)
         if low is not None and high is not None and low > high:
             raise self._error("the integer bounds leave no number", path)
-        return self._rule(" | ".join(_integer_range(low, high)))
+        return self._rule(" | ".join(integer_range(low, high)))
 
     def _array(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> str:
         self._primitive("ws")
         if "prefixItems" in schema:
             parts = schema["prefixItems"]
-            if not isinstance(parts, Sequence) or not parts or schema.get("items") not in (None, False):
+            if not isinstance(parts, list | tuple) or not parts or schema.get("items") not in (None, False):
                 raise self._error("prefixItems must be a list, and no items may follow it", path)
+            if len(parts) > MAX_REPEAT:
+                raise self._error(f"prefixItems has more than {MAX_REPEAT} entries", path)
             names = [self.visit(each, (*path, "prefixItems")) for each in parts]
             return self._rule('"[" ws ' + ' "," ws '.join(names) + ' ws "]"')
         item = self.visit(schema.get("items", True), (*path, "items"))
-        minimum, maximum = schema.get("minItems", 0), schema.get("maxItems")
+        minimum, maximum = _or_zero(schema.get("minItems")), schema.get("maxItems")
         repeat = self._repeat(schema, "minItems", "maxItems", path)
         if maximum == 0:
             return self._rule('"[" ws "]"')
@@ -275,16 +350,19 @@ class _Converter:
         properties = schema.get("properties", {})
         required = schema.get("required", [])
         extra = schema.get("additionalProperties", "properties" not in schema)
-        if not isinstance(properties, Mapping) or not isinstance(required, Sequence) or isinstance(required, str):
+        if not isinstance(properties, Mapping) or not isinstance(required, list | tuple):
             raise self._error("properties must be an object and required a list", path)
-        unknown = [each for each in required if each not in properties]
+        if len(properties) + len(required) > MAX_RULES:
+            raise self._error("the schema is too large", path)
+        unknown = [each for each in required if not isinstance(each, str) or each not in properties]
         if unknown:
             raise self._error(f"required names {str(unknown[0])[:40]!r}, which is no property", path)
         self._primitive("ws")
         if not properties and extra is True:
             return self._primitive("object")
+        must = frozenset(required)
         pairs = [
-            (f'{_literal(str(name))} ":" ws {self.visit(each, (*path, str(name)))}', name in required)
+            (f'{self._literal(str(name))} ":" ws {self.visit(each, (*path, str(name)))}', name in must)
             for name, each in properties.items()
         ]
         rest = ""
@@ -320,62 +398,16 @@ def _guess_type(schema: Mapping[str, Any]) -> str | list[str]:
     return "integer" if _BY_TYPE["integer"] & schema.keys() else "any"
 
 
-def _literal(value: Any) -> str:
-    """A JSON value as a GBNF literal; objects and lists as `json.dumps` writes them."""
-    text = json.dumps(value, ensure_ascii=False)
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+def _or_zero(value: Any) -> Any:
+    return 0 if value is None else value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _quoted(text: str) -> str:
+    """A text as a GBNF literal; ValueError for surrogates, which no tokenizer has."""
+    escaped = text.encode().decode().replace("\\", "\\\\").replace('"', '\\"')
     escaped = re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found.group()):02X}", escaped)
     return f'"{escaped}"'
-
-
-def _integer_range(low: int | None, high: int | None) -> list[str]:
-    """Alternatives that match exactly the integers from `low` to `high` (None: no bound), without leading zeros."""
-    parts: list[str] = []
-    if low is None or low < 0:
-        # Negative numbers are "-" and a magnitude from −high (at least 1) to −low.
-        least = 1 if high is None or high >= 0 else -high
-        parts += [f'"-" {each}' for each in _natural_range(least, None if low is None else -low)]
-    if high is None or high >= 0:
-        parts += _natural_range(max(low or 0, 0), high)
-    return parts
-
-
-def _natural_range(low: int, high: int | None) -> list[str]:
-    if high is None:
-        digits = len(str(low))
-        more = f"[1-9] [0-9]{{{digits},15}}" if digits < 16 else ""
-        return [*_natural_range(low, 10**digits - 1), *([more] if more else [])]
-    parts: list[str] = []
-    while low <= high:
-        # The numbers with as many digits as `low` …
-        end = min(high, 10 ** len(str(low)) - 1)
-        parts += _same_length(str(low), str(end))
-        low = end + 1
-    return parts
-
-
-def _same_length(low: str, high: str) -> list[str]:
-    """Alternatives for the numbers from `low` to `high`, which have equally many digits."""
-    if not low:
-        return ['""']
-    tail = len(low) - 1
-    any_tail = f" [0-9]{{{tail}}}" if tail else ""
-    if low == "0" * len(low) and high == "9" * len(high):
-        return [f"[0-9]{{{len(low)}}}"]
-    if low[0] == high[0]:
-        return [f'"{low[0]}" ({" | ".join(_same_length(low[1:], high[1:]))})'] if tail else [f'"{low[0]}"']
-    if not tail:
-        return [f"[{low}-{high}]"]
-    parts: list[str] = []
-    first, last = int(low[0]), int(high[0])
-    if low[1:] != "0" * tail:
-        parts.append(f'"{first}" ({" | ".join(_same_length(low[1:], "9" * tail))})')
-        first += 1
-    if high[1:] != "9" * tail:
-        end = f'"{last}" ({" | ".join(_same_length("0" * tail, high[1:]))})'
-        last -= 1
-    else:
-        end = ""
-    if first <= last:
-        parts.append(f"[{first}-{last}]{any_tail}")
-    return [*parts, *([end] if end else [])]

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from ai_assistant.engines.contract import ToolCall
 from ai_assistant.engines.text import StopMatcher, Utf8Decoder
-from ai_assistant.engines.tools import ToolReader, parse_call
+from ai_assistant.engines.tools import ToolReader, parse_calls
 
 
 class Output(Protocol):
@@ -76,7 +76,7 @@ class PlainOutput:
 
 
 class ForcedCall:
-    """A call that a grammar enforces: none of its text is shown."""
+    """One call, or a list of calls, that a grammar enforces: none of its text is shown."""
 
     stopped = False
 
@@ -93,8 +93,7 @@ class ForcedCall:
         return ""
 
     def finish(self) -> tuple[str, tuple[ToolCall, ...]]:
-        call = parse_call("".join(self._text), self._names)
-        return "", (call,) if call else ()
+        return "", parse_calls("".join(self._text), self._names)
 
     @property
     def complete(self) -> bool:
@@ -102,11 +101,15 @@ class ForcedCall:
 
 
 class AutoCalls:
-    """Text, or calls if the model writes such: `<tool_call>…</tool_call>`, or one bare JSON object."""
+    """Text, or calls if the model writes such: `<tool_call>…</tool_call>`, or nothing but what is known as calls.
 
-    def __init__(self, stops: tuple[str, ...], names: frozenset[str]) -> None:
+    Args:
+        parallel: whether more than the first call counts.
+    """
+
+    def __init__(self, stops: tuple[str, ...], names: frozenset[str], *, parallel: bool = True) -> None:
         self._plain = PlainOutput(stops)
-        self._reader = ToolReader(names)
+        self._reader = ToolReader(names, parallel=parallel)
 
     @property
     def stopped(self) -> bool:
@@ -123,4 +126,4 @@ class AutoCalls:
 
     @property
     def complete(self) -> bool:
-        return False
+        return self._reader.complete

@@ -140,7 +140,7 @@ class Sampler:
         self._ends: list[int] = []
         """Tokens that were about to end an answer that must go on."""
         if grammar is not None:
-            self._grammar = Constraint(lib, vocabulary, grammar)
+            self._grammar = Constraint(lib, vocabulary, grammar, _source(request))
         try:
             self._chain = chain_of(lib, size, request, biases, prompt)
         except BaseException:
@@ -207,6 +207,13 @@ class Sampler:
         if self._chain is not None:
             self._lib.llama_sampler_free(self._chain)
         self._chain = None
+
+
+def _source(request: GenerateRequest) -> str:
+    """The parameter that a request's grammar comes from."""
+    if request.tools and request.tool_choice not in ("none", "auto"):
+        return "tools"
+    return "response_regex" if request.response_regex is not None else "response_schema"
 
 
 def _biases(request: GenerateRequest, size: int) -> list[tuple[int, float]]:

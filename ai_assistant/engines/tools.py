@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ai_assistant.engines.contract import ToolCall
+from ai_assistant.engines.grammar import call_grammar
 from ai_assistant.errors import InvalidArgument
 
 MAX_TOOLS = 128
 MAX_NAME = 64
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_BARE = ('{"name":', '{"arguments":', '{"parameters":', '{"function":', '{"type":"function"')
+_OBJECTS = ('{"name":', '{"arguments":', '{"parameters":', '{"function":', '{"type":"function"')
+_MARKS = ("[TOOL_CALLS]", "<|python_tag|>")
+"""What Mistral's and Llama's models write before calls; where these are control tokens they are not seen at all."""
+_BARE = (*_OBJECTS, *(f"[{each}" for each in _OBJECTS), *_MARKS)
+_BETWEEN = re.compile(r"(?:[\s,;]|\[TOOL_CALLS\]|<\|python_tag\|>)*")
+_NAMED = re.compile(r"([A-Za-z_][\w.-]{0,63})\s*(?:\[CALL_ID\]\w*\s*)?(?:\[ARGS\]\s*)?(?=\{)")
+MAX_CALLS = 64
+"""In one answer; more is a model that repeats itself."""
 _MAX_CALL = 256 << 10
 """Text that is still no call after this much is shown as text."""
 
@@ -50,29 +59,10 @@ def check_tools(tools: Sequence[Mapping[str, Any]], choice: str) -> list[Mapping
     return functions
 
 
-def call_schema(functions: Sequence[Mapping[str, Any]], choice: str) -> dict[str, Any]:
-    """The schema of the call that `choice` ("required" or a name) forces: a name and fitting arguments."""
+def forced_grammar(functions: Sequence[Mapping[str, Any]], choice: str, *, parallel: bool) -> str:
+    """The grammar of what `choice` forces: one call of a named function; of any, or a list of such, for "required"."""
     wanted = [each for each in functions if choice in ("required", each["name"])]
-    return {
-        "oneOf": [
-            {
-                "type": "object",
-                "properties": {"name": {"const": each["name"]}, "arguments": _parameters(each)},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for each in wanted
-        ]
-    }
-
-
-def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
-    assert isinstance(schema, Mapping)
-    # A schema without a type is an object all the same: arguments always are.
-    return schema if any(each in schema for each in ("type", "$ref", "anyOf", "oneOf", "allOf")) else {
-        **schema, "type": "object"
-    }  # fmt: skip
+    return call_grammar(wanted, parallel=parallel and choice == "required")
 
 
 def describe(functions: Sequence[Mapping[str, Any]]) -> str:
@@ -86,12 +76,39 @@ def describe(functions: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def parse_call(text: str, names: frozenset[str]) -> ToolCall | None:
-    """The call that a JSON object describes, or None if it is none of a known tool."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+def parse_calls(text: str, names: frozenset[str]) -> tuple[ToolCall, ...]:
+    """The calls that a text consists of; () if it is anything else as well.
+
+    Known are JSON objects with a name and arguments or parameters, alone, one after the other, or in a list; behind
+    `[TOOL_CALLS]` or `<|python_tag|>`; and `name[ARGS]{…}`.
+    """
+    calls: list[ToolCall] = []
+    decoder = json.JSONDecoder()
+    at = 0
+    while found := _BETWEEN.match(text, at):
+        at = found.end()
+        if at == len(text):
+            return tuple(calls)
+        name = _NAMED.match(text, at)
+        if name is not None:
+            at = name.end()
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return ()
+        entries = value if isinstance(value, list) and name is None else [value]
+        for entry in entries:
+            call = _call_of({"name": name[1], "arguments": entry} if name is not None else entry, names)
+            if call is None:
+                return ()
+            calls.append(call)
+        if not entries or len(calls) > MAX_CALLS:
+            return ()
+    return ()
+
+
+def _call_of(value: Any, names: frozenset[str]) -> ToolCall | None:
+    """The call that an object describes, or None if it is none of a known tool."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     name = value.get("name") if isinstance(value, dict) else None
@@ -106,14 +123,18 @@ def parse_call(text: str, names: frozenset[str]) -> ToolCall | None:
             return None
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+    try:
+        return ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    except (ValueError, RecursionError):
+        return None
 
 
 class ToolReader:
     """Finds calls in text that arrives in pieces, and lets everything else through as early as possible."""
 
-    def __init__(self, names: frozenset[str]) -> None:
+    def __init__(self, names: frozenset[str], *, parallel: bool = True) -> None:
         self._names = names
+        self._parallel = parallel
         self._held = ""
         self._calls: list[ToolCall] = []
         self._begun = False
@@ -121,8 +142,15 @@ class ToolReader:
         self._after_call = False
         """Blank space that follows a call belongs to it."""
 
+    @property
+    def complete(self) -> bool:
+        """The one call that may be there is; what follows it does not count."""
+        return bool(self._calls) and not self._parallel
+
     def feed(self, text: str) -> str:
         """What may be shown now."""
+        if self.complete:
+            return ""
         self._held += text
         shown = ""
         while self._held:
@@ -144,13 +172,13 @@ class ToolReader:
             end = held.find(_CLOSE)
             if end < 0:
                 return ("", True) if len(held) <= _MAX_CALL else (self._take(len(held)), False)
-            call = parse_call(held[len(_OPEN) : end], self._names)
+            calls = parse_calls(held[len(_OPEN) : end], self._names)
             whole = self._take(end + len(_CLOSE))
-            if call is None:
+            if not calls or len(self._calls) + len(calls) > MAX_CALLS:
                 return whole, False
-            self._calls.append(call)
+            self._keep(calls)
             self._after_call = True
-            return "", False
+            return "", self.complete
         if not self._begun and not self._calls and _may_be_bare(held):
             return "", len(held) <= _MAX_CALL
         if at > 0:
@@ -162,15 +190,20 @@ class ToolReader:
         self._after_call = self._after_call and not taken
         return taken
 
+    def _keep(self, calls: tuple[ToolCall, ...]) -> None:
+        self._calls += calls if self._parallel else calls[:1]
+        if self.complete:
+            self._held = ""
+
     def finish(self) -> tuple[str, tuple[ToolCall, ...]]:
         """The rest of the text, and all calls."""
         rest = self._held
         self._held = ""
         # A model that was stopped at its end-of-turn token may leave out the closing tag.
         body = rest[len(_OPEN) :] if rest.startswith(_OPEN) else rest if not self._begun and not self._calls else ""
-        call = parse_call(body, self._names) if body.strip() else None
-        if call is not None:
-            self._calls.append(call)
+        calls = parse_calls(body, self._names) if body.strip() else ()
+        if calls:
+            self._keep(calls)
             rest = ""
         if self._calls and not rest.strip():
             rest = ""
