@@ -10,6 +10,7 @@ import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ai_assistant.daemon import bus, journal
 from ai_assistant.daemon import config as configuration
@@ -18,9 +19,10 @@ from ai_assistant.daemon.contract import Counters
 from ai_assistant.daemon.fetch.client import FETCH_SOCKET, Fetcher
 from ai_assistant.daemon.jobs import JobTable
 from ai_assistant.daemon.pins import Pins
+from ai_assistant.daemon.pressure import some_avg10
 from ai_assistant.daemon.publish import Publisher
 from ai_assistant.daemon.registry import BUILTIN_DIRECTORY, Registry
-from ai_assistant.daemon.residency import Residency, Worker, load_options
+from ai_assistant.daemon.residency import Meters, Residency, Worker, load_options
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.status import Machine
 from ai_assistant.daemon.version import VERSION
@@ -28,6 +30,9 @@ from ai_assistant.daemon.worker.protocol import WorkerClient
 from ai_assistant.errors import ServiceUnavailable
 from ai_assistant.services.connection import Connection
 from ai_assistant.services.notify import keep_alive, notify, passed_sockets, watchdog_interval
+
+if TYPE_CHECKING:
+    from ai_assistant.daemon.api.network import Network
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +75,11 @@ class App:
         residency = Residency(
             self.config,
             connector(options.worker_socket),
-            self._machine.memory_available,
+            Meters(self._machine.memory_available, self._machine.memory_total, lambda: some_avg10(options.root)),
             counters,
-            memory_total=self._machine.memory_total,
             pinned=pins.__contains__,
+            spill_directory=options.state_directory,
+            disk_kept=lambda: self.service.space.kept_bytes,
         )
         jobs = JobTable(per_owner=self.config.limits_jobs_per_caller)
         patience = {
@@ -152,7 +158,19 @@ class App:
     async def _serve_api(self, sockets: list[socket.socket], stop: asyncio.Event) -> None:
         from ai_assistant.daemon.api.server import serve
 
-        await serve(self.service, sockets, stop, allowed)
+        network = await asyncio.to_thread(self._network)
+        await serve(self.service, sockets, stop, allowed, network=network)
+
+    def _network(self) -> Network:
+        from ai_assistant.daemon.api.network import Network
+
+        machine = self._machine.status()
+        return Network.open(
+            self._options.state_directory,
+            passed_sockets("api-tcp"),
+            str(machine.get("hostname") or ""),
+            [str(each) for each in machine.get("addresses") or ()],
+        )
 
     def _sockets(self) -> list[socket.socket]:
         passed = passed_sockets("api")

@@ -52,6 +52,12 @@ ROWS: tuple[Row, ...] = (
     Row("models.sequences", int, 4, "generations of one model that run at the same time", low=1, high=256),
     Row("models.threads", int, 0, "threads per worker; 0: chosen by the machine", high=1024),
     Row("models.batch_tokens", int, 512, "tokens per decode step", low=32, high=65_536),
+    Row("models.kv_type", str, "auto", "elements of the KV cache; auto: the best that the memory allows",
+        choices=("auto", "f16", "q8_0", "q4_0")),
+    Row("models.speculative", str, "auto", "guess tokens ahead: off, lookup, draft, or auto: what measures faster",
+        choices=("auto", "off", "lookup", "draft")),
+    Row("models.spill_memory_bytes", int, 0, "memory per model for states of idle conversations", high=1 << 50),
+    Row("models.spill_disk_bytes", int, 0, "disk space per loaded model for the same", high=1 << 50),
     Row("models.idle_unload_s", float, 900.0, "unload a model that nobody used for so long; 0: never", high=1e7),
     Row("models.drain_timeout_s", float, 300.0, "longest time that draining a model waits", low=0.1, high=86_400),
     Row("models.memory_reserve_bytes", int, 192 * _MIB, "memory that loading a model leaves free", high=1 << 50),
@@ -86,6 +92,10 @@ class Config:
     models_sequences: int
     models_threads: int
     models_batch_tokens: int
+    models_kv_type: str
+    models_speculative: str
+    models_spill_memory_bytes: int
+    models_spill_disk_bytes: int
     models_idle_unload_s: float
     models_drain_timeout_s: float
     models_memory_reserve_bytes: int

@@ -4,7 +4,9 @@ States of a model: unloaded → loading → loaded → unloaded, and failed when
 
 * Many requests for one model make one load; a request that goes away does not stop it.
 * Before a load its memory is estimated and compared with what the kernel says is available; when that is
-  short, idle models are unloaded, the least recently used first. A model that generates is never evicted.
+  short, idle models are unloaded, those first that can be done without best (`slot.worst`), and then the model is
+  loaded with less (`fitting`). A model that generates, or is pinned, is never evicted.
+* When the kernel reports growing memory pressure, idle models give their caches back, then go (`pressure`).
 * A worker that dies is an error to its callers and is restarted after a wait that doubles each time.
 """
 
@@ -14,26 +16,30 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from ai_assistant.daemon.config import Config
 from ai_assistant.daemon.contract import Counters, ModelState
 from ai_assistant.daemon.registry import Entry
+from ai_assistant.daemon.room import MAX_WORKERS, Meters, Room
+from ai_assistant.daemon.slot import Slot, Worker
+from ai_assistant.daemon.spill import open_spill
 from ai_assistant.engines import memory
-from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest, LoadOptions, ModelInfo
+from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest, LoadOptions
 from ai_assistant.errors import (
     AIAssistantError,
     Busy,
     InternalError,
     InvalidArgument,
     NoSuchModel,
-    OutOfMemory,
     Timeout,
     WorkerCrashed,
 )
+
+__all__ = ["MAX_WORKERS", "Meters", "Residency", "Worker", "check_keep_alive", "load_options", "memory_limit"]
 
 log = logging.getLogger(__name__)
 
@@ -43,68 +49,6 @@ _PATIENCE_S = 1.5
 """A restart that comes this soon is waited for; a longer back-off is the error it is."""
 _STATS_S = 2.0
 """A worker that does not say how it is in this time is left out."""
-MAX_WORKERS = 30
-"""The socket unit accepts 32 (MaxConnections=), and two of those may be ending."""
-
-
-class Worker(Protocol):
-    """One worker process, seen from the daemon; `daemon/worker/protocol.py` has the real one."""
-
-    died: asyncio.Future[str]
-    """Done when the process is gone, for whatever reason."""
-
-    async def load(
-        self,
-        fd: int,
-        options: LoadOptions,
-        on_progress: Callable[[float], None] | None = None,
-        files: Mapping[str, int] | None = None,
-    ) -> ModelInfo: ...
-
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event]: ...
-
-    async def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]: ...
-
-    async def rerank(self, query: str, documents: Sequence[str]) -> tuple[list[float], int]: ...
-
-    async def classify(self, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]: ...
-
-    async def tokenize(self, text: str) -> list[int]: ...
-
-    async def detokenize(self, tokens: Sequence[int]) -> str: ...
-
-    async def stats(self) -> EngineStats: ...
-
-    async def trim(self) -> int: ...
-
-    async def close(self) -> None:
-        """End the process."""
-
-
-@dataclass(eq=False, slots=True)
-class _Slot:
-    entry: Entry
-    state: ModelState = ModelState.UNLOADED
-    error: str = ""
-    worker: Worker | None = None
-    load: asyncio.Task[None] | None = None
-    watch: asyncio.Task[None] | None = None
-    restart: asyncio.Task[None] | None = None
-    progress: list[Callable[[float], None]] = field(default_factory=list)
-    active: int = 0
-    last_used: float = 0.0
-    keep_s: float | None = None
-    """How long it stays when nobody uses it; None: as the configuration says, infinity: for ever."""
-    draining: bool = False
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set whenever somebody stops using it."""
-    resident_bytes: int = 0
-    loaded_at: float = 0.0
-    crashes: int = 0
-    retry_at: float = 0.0
-    gone: bool = False
-    promised: bool = False
-    """It loads, and the memory of its estimate was found free for it."""
 
 
 class Residency:
@@ -112,33 +56,33 @@ class Residency:
 
     Args:
         connect: starts a worker and returns it.
-        memory_available: bytes that can be had without swapping, or None where nobody knows.
-        memory_total: bytes of the machine, or None. Mapped weights are page cache, which counts as available though
-            a loaded model needs it: what is left of the total is the other bound.
+        meters: what is measured of the machine's memory.
         changed: told the name of a model whose state changed.
         pinned: whether a model, by full name, is kept loaded.
+        spill_directory: where files for states of conversations are made; None: nowhere.
+        disk_kept: bytes that such a file leaves free there.
     """
 
     def __init__(
         self,
         config: Config,
         connect: Callable[[], Awaitable[Worker]],
-        memory_available: Callable[[], int | None],
+        meters: Meters,
         counters: Counters,
         changed: Callable[[str], None] = lambda name: None,
-        memory_total: Callable[[], int | None] = lambda: None,
         pinned: Callable[[str], bool] = lambda name: False,
+        spill_directory: Path | None = None,
+        disk_kept: Callable[[], int] = lambda: 0,
     ) -> None:
         self._config = config
         self._connect = connect
-        self._memory_available = memory_available
-        self._memory_total = memory_total
-        self._pinned = pinned
+        self._spill_directory = spill_directory
+        self._disk_kept = disk_kept
         self._counters = counters
         self.changed = changed
-        self._slots: dict[str, _Slot] = {}
+        self._slots: dict[str, Slot] = {}
+        self._room = Room(meters, self._slots.values(), self._evict, pinned, config.models_memory_reserve_bytes)
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._evicting = asyncio.Lock()
         self._stopping = False
 
     # ---- what others see
@@ -201,6 +145,7 @@ class Residency:
             raise Busy(f"{entry.name} is being unloaded and takes no more requests", hint="try again in a moment")
         # Counted before the load, so that the model is not evicted between the end of it and the use.
         slot.active += 1
+        slot.trimmed = False
         try:
             yield await self._loaded(slot)
         finally:
@@ -247,7 +192,7 @@ class Residency:
             return
         if self.busy(name):
             raise Busy(f"{name} is in use", hint="wait until it has answered")
-        await self._drop(slot)
+        await self._drop(slot, "asked")
 
     async def drain(self, name: str, timeout_s: float) -> None:
         """Refuse new requests, let those that run finish, then unload; see `contract.Service.drain`."""
@@ -260,7 +205,7 @@ class Residency:
                 while slot.active or slot.state is ModelState.LOADING:
                     slot.freed.clear()
                     await slot.freed.wait()
-            await self._drop(slot)
+            await self._drop(slot, "asked")
         except TimeoutError:
             raise Timeout(
                 f"{name} still answers after {timeout_s:g} s", hint="it takes requests again; unload it later"
@@ -278,12 +223,14 @@ class Residency:
             slot.load.cancel()
             await asyncio.wait([slot.load])
         await self._drop(slot)
+        self._counters.metrics.forget(name)
 
     async def close(self) -> None:
         """End all workers."""
         self._stopping = True
         if self._idle_timer is not None:
             self._idle_timer.cancel()
+        self._room.close()
         await asyncio.gather(*(self.forget(name) for name in list(self._slots)))
 
     # ---- loading
@@ -291,19 +238,16 @@ class Residency:
     def _options(self, entry: Entry) -> LoadOptions:
         return entry.options or self.options
 
-    def _needs(self, slot: _Slot) -> int:
-        return self.estimate(slot.entry).total_bytes
-
-    def _slot(self, entry: Entry) -> _Slot:
+    def _slot(self, entry: Entry) -> Slot:
         slot = self._slots.get(entry.name)
         if slot is None or slot.entry is not entry:
-            slot = self._slots[entry.name] = _Slot(entry)
+            slot = self._slots[entry.name] = Slot(entry)
         return slot
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    async def _loaded(self, slot: _Slot) -> Worker:
+    async def _loaded(self, slot: Slot) -> Worker:
         if slot.worker is None:
             if self._stopping:
                 raise Busy("the service is stopping")
@@ -335,17 +279,17 @@ class Residency:
             raise WorkerCrashed(f"the worker of {slot.entry.name} crashed while it was loading", hint="try again")
         return slot.worker
 
-    async def _load(self, slot: _Slot) -> None:
+    async def _load(self, slot: Slot) -> None:
         name = slot.entry.name
+        began = self._now()
         self._set(slot, ModelState.LOADING)
         worker: Worker | None = None
         try:
-            await self._make_room(slot)
-            # Nothing waits in between, so the next one that asks for room counts this one.
-            slot.promised = True
+            options = await self._room.make(slot, self._options(slot.entry))
+            begin = self._now()
             async with asyncio.timeout(self._config.worker_load_timeout_s):
                 worker = await self._connect()
-                await self._send_model(slot, worker)
+                await self._send_model(slot, worker, options)
         except BaseException as error:
             slot.load = None
             slot.promised = False
@@ -355,6 +299,8 @@ class Residency:
                 error = Timeout(f"loading {name} took longer than {self._config.worker_load_timeout_s:g} s")
             if isinstance(error, WorkerCrashed):
                 self._crashed(slot)
+            if isinstance(error, Exception):
+                self._counters.metrics.load_failed(name)
             if isinstance(error, AIAssistantError):
                 log.warning("cannot load %s: %s", name, error.message, extra={"MODEL": name})
                 self._set(slot, ModelState.FAILED, error.message)
@@ -368,89 +314,48 @@ class Residency:
         slot.load = None
         slot.promised = False
         slot.loaded_at = slot.last_used = self._now()
+        slot.load_s = slot.loaded_at - begin
+        slot.trimmed = False
+        self._counters.metrics.loaded(name, slot.loaded_at - began)
         slot.watch = asyncio.get_running_loop().create_task(self._watch(slot, worker))
         self._set(slot, ModelState.LOADED)
         # Whoever wanted it may have left meanwhile: then nobody else starts the clock.
         self._schedule_idle()
         log.info("loaded %s", name, extra={"MODEL": name})
 
-    async def _send_model(self, slot: _Slot, worker: Worker) -> None:
-        options = self._options(slot.entry)
-        slot.resident_bytes = memory.estimate(slot.entry.memory, options).total_bytes
+    async def _send_model(self, slot: Slot, worker: Worker, options: LoadOptions) -> None:
         if not options.memory_limit_bytes:
             options = replace(options, memory_limit_bytes=memory_limit(slot.resident_bytes))
-        fd = slot.entry.open()
-        try:
-            await worker.load(fd, options, lambda value: _tell(slot, value))
-        finally:
-            os.close(fd)
+        async with AsyncExitStack() as opened:
+            fd = slot.entry.open()
+            opened.callback(os.close, fd)
+            files: dict[str, int] = {}
+            if options.spill_disk_bytes:
+                spill = await self._spill(options.spill_disk_bytes)
+                if spill is None:
+                    options = replace(options, spill_disk_bytes=0)
+                else:
+                    opened.callback(os.close, spill)
+                    files["spill"] = spill
+            await worker.load(fd, options, lambda value: _tell(slot, value), files)
+
+    async def _spill(self, size_bytes: int) -> int | None:
+        if self._spill_directory is None:
+            return None
+        return await asyncio.to_thread(open_spill, self._spill_directory, size_bytes, self._disk_kept())
 
     @property
     def options(self) -> LoadOptions:
         """How models are loaded where nothing else is asked for."""
         return load_options(self._config)
 
-    async def _make_room(self, slot: _Slot) -> None:
-        """Unload idle models until the estimate fits. None is unloaded for a model that would not fit even then.
-
-        Raises:
-            OutOfMemory: with the numbers.
-            Busy: as many workers as there may be, and all of them work.
-        """
-        needed = self._needs(slot)
-        reserve = self._config.models_memory_reserve_bytes
-        async with self._evicting:
-            while True:
-                idle = [each for each in self._slots.values() if self._evictable(each)]
-                promised = [each for each in self._slots.values() if each.promised]
-                workers = len(promised) + sum(1 for each in self._slots.values() if each.worker is not None)
-                full = workers >= MAX_WORKERS
-                if full and not idle:
-                    raise Busy(f"{workers} models are in use", hint="wait until one of them has answered")
-                fits = True
-                available = self._available()
-                if available is not None:
-                    # Others that load now have not taken their memory yet, and it is promised to them.
-                    free = available - sum(map(self._needs, promised))
-                    if free + sum(each.resident_bytes for each in idle) < needed + reserve:
-                        raise self._too_large(slot, free)
-                    fits = needed + reserve <= free
-                if fits and not full:
-                    return
-                victim = min(idle, key=lambda each: each.last_used)
-                log.info("unloading %s to make room for %s", victim.entry.name, slot.entry.name)
-                await self._drop(victim)
-                await self._settled(needed + reserve + sum(map(self._needs, promised)))
-
-    def _evictable(self, slot: _Slot) -> bool:
-        return slot.worker is not None and slot.active == 0 and not self._pinned(slot.entry.name)
-
-    def _available(self) -> int | None:
-        """Bytes for models that are not loaded."""
-        available, total = self._memory_available(), self._memory_total()
-        if available is None or total is None:
-            return available
-        loaded = (each.resident_bytes for each in self._slots.values() if each.worker is not None)
-        return min(available, total - sum(loaded))
-
-    def _too_large(self, slot: _Slot, free: int) -> OutOfMemory:
-        return OutOfMemory(
-            f"{slot.entry.name} needs about {self._needs(slot)} bytes of memory; {max(0, free)} bytes "
-            f"are available, of which {self._config.models_memory_reserve_bytes} stay free",
-            hint="unload a model, or set models.context_length lower",
-        )
-
-    async def _settled(self, wanted: int) -> None:
-        """A process takes a moment to give its memory back; do not evict the next one meanwhile."""
-        for _ in range(20):
-            available = self._available()
-            if available is None or available >= wanted:
-                return
-            await asyncio.sleep(0.05)
-
     # ---- leaving
 
-    async def _drop(self, slot: _Slot) -> None:
+    async def _evict(self, slot: Slot) -> None:
+        await self._drop(slot, "memory")
+
+    async def _drop(self, slot: Slot, reason: str = "") -> None:
+        """End its worker; what was done for a `reason` (`metrics.EVICTIONS`) is counted."""
         if slot.restart is not None:
             slot.restart.cancel()
             slot.restart = None
@@ -459,13 +364,15 @@ class Residency:
             slot.watch.cancel()
             slot.watch = None
         if worker is not None:
+            if reason:
+                self._counters.metrics.evicted(slot.entry.name, reason)
             self._set(slot, ModelState.UNLOADED)
             await worker.close()
             log.info("unloaded %s", slot.entry.name, extra={"MODEL": slot.entry.name})
         elif slot.state is not ModelState.LOADING:
             self._set(slot, ModelState.UNLOADED)
 
-    async def _watch(self, slot: _Slot, worker: Worker) -> None:
+    async def _watch(self, slot: Slot, worker: Worker) -> None:
         await asyncio.wait([worker.died])
         slot.worker = None
         slot.watch = None
@@ -477,16 +384,17 @@ class Residency:
         self._set(slot, ModelState.FAILED, "its worker crashed")
         await worker.close()
 
-    def _crashed(self, slot: _Slot) -> None:
+    def _crashed(self, slot: Slot) -> None:
         slot.crashes += 1
         first, longest = self._config.worker_restart_first_s, self._config.worker_restart_longest_s
         wait = min(longest, first * 2.0 ** min(slot.crashes - 1, 30))
         slot.retry_at = self._now() + wait
         self._counters.worker_restarts += 1
+        self._counters.metrics.restarted(slot.entry.name)
         if slot.crashes <= self._config.worker_restart_attempts and not self._stopping and not slot.gone:
             slot.restart = asyncio.get_running_loop().create_task(self._restart(slot, wait))
 
-    async def _restart(self, slot: _Slot, wait: float) -> None:
+    async def _restart(self, slot: Slot, wait: float) -> None:
         await asyncio.sleep(wait)
         slot.restart = None
         try:
@@ -494,7 +402,7 @@ class Residency:
         except AIAssistantError as error:
             log.warning("restarting the worker of %s failed: %s", slot.entry.name, error.message)
 
-    def _set(self, slot: _Slot, state: ModelState, error: str = "") -> None:
+    def _set(self, slot: Slot, state: ModelState, error: str = "") -> None:
         slot.state, slot.error = state, error
         if not slot.gone:
             self.changed(slot.entry.name)
@@ -504,24 +412,23 @@ class Residency:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-        due = [self._due(each) for each in self._slots.values() if self._evictable(each)]
+        if not self._stopping:
+            self._room.watch()
+        default_s = self._config.models_idle_unload_s or math.inf
+        due = [each.due(default_s) for each in self._slots.values() if self._room.evictable(each)]
         first = min(due, default=math.inf)
         if first < math.inf and not self._stopping:
             loop = asyncio.get_running_loop()
             self._idle_timer = loop.call_at(first, self._unload_idle)
 
-    def _due(self, slot: _Slot) -> float:
-        """When a model that nobody uses is unloaded."""
-        keep_s = (self._config.models_idle_unload_s or math.inf) if slot.keep_s is None else slot.keep_s
-        return slot.last_used + keep_s
-
     def _unload_idle(self) -> None:
         self._idle_timer = None
         now = self._now() + 0.01
+        default_s = self._config.models_idle_unload_s or math.inf
         for slot in self._slots.values():
-            if self._evictable(slot) and self._due(slot) <= now:
+            if self._room.evictable(slot) and slot.due(default_s) <= now:
                 log.info("%s is idle", slot.entry.name, extra={"MODEL": slot.entry.name})
-                task = asyncio.get_running_loop().create_task(self._drop(slot))
+                task = asyncio.get_running_loop().create_task(self._drop(slot, "idle"))
                 task.add_done_callback(_retrieve)
         self._schedule_idle()
 
@@ -545,10 +452,14 @@ def load_options(config: Config) -> LoadOptions:
         sequences=config.models_sequences,
         threads=config.models_threads,
         batch_tokens=config.models_batch_tokens,
+        kv_type=config.models_kv_type,
+        speculative=config.models_speculative,
+        spill_memory_bytes=config.models_spill_memory_bytes,
+        spill_disk_bytes=config.models_spill_disk_bytes,
     )
 
 
-def _tell(slot: _Slot, value: float) -> None:
+def _tell(slot: Slot, value: float) -> None:
     for each in list(slot.progress):
         each(value)
 

@@ -13,11 +13,11 @@ from ai_assistant.engines.gguf_fields import head_width, integer, per_layer
 from ai_assistant.engines.memory import MemoryShape
 from ai_assistant.engines.repack import repacked_bytes
 
-_RUNTIME_BYTES = 42 << 20
+_RUNTIME_BYTES = 40 << 20
 """Interpreter, numpy and the native library with its thread stacks, measured."""
-_TOKEN_BYTES = 200
+_TOKEN_BYTES = 120
 """A token in the library's vocabulary: its text, and both directions of the look-up."""
-_MERGE_BYTES = 180
+_MERGE_BYTES = 90
 """A merge of the tokenizer: two strings and a number in a hash table."""
 
 
@@ -70,13 +70,13 @@ def _step_elements(model: Gguf, layers: int, width: int, query: int, kv: int) ->
     """Activations of one token that are alive at the same time, at the worst place of the graph.
 
     In the feed-forward part that is gate, up and their product, with the layer's input, its norm and two more; in
-    attention the input and its norm, queries thrice on their way, keys and values.
+    attention the input and its norm, queries before and after their rotation, keys and values.
     """
     hidden = max(per_layer(model, "feed_forward_length", layers), default=0) or 4 * width
     used = max(per_layer(model, "expert_used_count", layers), default=0)
     expert = integer(model, "expert_feed_forward_length", default=hidden if used else 0, low=0)
     forward = max(3 * hidden + 4 * width, used * (3 * expert + width) + 4 * width)
-    attention = 2 * width + 3 * query + 2 * kv
+    attention = 2 * width + 2 * query + 2 * kv
     inner = integer(model, "ssm.inner_size", default=0, low=0)
     state = integer(model, "ssm.state_size", default=0, low=0)
     return max(forward, attention, 4 * width + 5 * inner + 2 * state)

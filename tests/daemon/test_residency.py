@@ -11,10 +11,11 @@ import pytest
 
 from ai_assistant.daemon import config as configuration
 from ai_assistant.daemon import residency as module
+from ai_assistant.daemon import room as room_module
 from ai_assistant.daemon.config import Config
 from ai_assistant.daemon.contract import Counters, ModelState
 from ai_assistant.daemon.registry import Entry
-from ai_assistant.daemon.residency import Residency, Worker, memory_limit
+from ai_assistant.daemon.residency import Meters, Residency, Worker, memory_limit
 from ai_assistant.engines.contract import (
     Chunk,
     EngineStats,
@@ -156,7 +157,7 @@ def entries(tmp_path: Path) -> dict[str, Entry]:
 
 
 def make(lab: Lab, config: Config, counters: Counters | None = None) -> Residency:
-    return Residency(config, lab.connect, lambda: lab.free, counters or Counters())
+    return Residency(config, lab.connect, Meters(lambda: lab.free), counters or Counters())
 
 
 async def ask(residency: Residency, entry: Entry) -> list[Event]:
@@ -386,7 +387,7 @@ async def test_memory_is_promised_only_to_those_that_have_room(
 
 async def test_mapped_weights_are_not_available(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
     # As with weights in the page cache: the kernel calls all of the machine available.
-    residency = Residency(config, lab.connect, lambda: 1000 * MIB, Counters(), memory_total=lambda: 1000 * MIB)
+    residency = Residency(config, lab.connect, Meters(lambda: 1000 * MIB, lambda: 1000 * MIB), Counters())
     lab.gate.clear()
     running = [asyncio.ensure_future(ask(residency, entries[name])) for name in "abc"]
     await asyncio.sleep(0.1)
@@ -401,7 +402,7 @@ async def test_mapped_weights_are_not_available(lab: Lab, config: Config, entrie
 async def test_workers_are_bounded(
     lab: Lab, config: Config, entries: dict[str, Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_WORKERS", 2)
+    monkeypatch.setattr(room_module, "MAX_WORKERS", 2)
     residency = make(lab, config)
     lab.gate.clear()
     running = [asyncio.ensure_future(ask(residency, entries[name])) for name in "ab"]

@@ -25,7 +25,7 @@ from ai_assistant.daemon.jobs import JobTable
 from ai_assistant.daemon.pins import Pins
 from ai_assistant.daemon.publish import Publisher
 from ai_assistant.daemon.registry import Entry, Registry, check_descriptor
-from ai_assistant.daemon.residency import Residency, load_options
+from ai_assistant.daemon.residency import Meters, Residency, load_options
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.status import Machine
 from ai_assistant.engines.contract import GenerateRequest
@@ -51,7 +51,7 @@ def service(tmp_path: Path, tiny_model: Path, lab: Lab) -> Iterator[DaemonServic
     registry.scan()
     counters = Counters()
     pins = Pins(tmp_path / "pins.json")
-    residency = Residency(config, lab.connect, lambda: 1 << 40, counters, pinned=pins.__contains__)
+    residency = Residency(config, lab.connect, Meters(lambda: 1 << 40), counters, pinned=pins.__contains__)
     jobs = JobTable(per_owner=config.limits_jobs_per_caller)
     made = DaemonService(config, registry, residency, jobs, Machine(Path("/"), tmp_path), counters, pins)
     made.set_state("running")

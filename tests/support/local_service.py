@@ -19,7 +19,7 @@ from ai_assistant.daemon.contract import Counters
 from ai_assistant.daemon.jobs import JobTable
 from ai_assistant.daemon.pins import Pins
 from ai_assistant.daemon.registry import Registry
-from ai_assistant.daemon.residency import Residency, Worker, load_options
+from ai_assistant.daemon.residency import Meters, Residency, Worker, load_options
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.status import Machine
 from ai_assistant.daemon.worker.protocol import WorkerClient
@@ -42,7 +42,7 @@ async def local_service(folder: Path) -> AsyncIterator[DaemonService]:
     machine = Machine(Path("/"), folder)
     pins = Pins(folder / "pins.json")
     registry = Registry(folder / "builtin", folder / "models", load_options(config))
-    residency = Residency(config, connect, machine.memory_available, counters, pinned=pins.__contains__)
+    residency = Residency(config, connect, Meters(machine.memory_available), counters, pinned=pins.__contains__)
     service = DaemonService(config, registry, residency, JobTable(per_owner=8), machine, counters, pins)
     service.set_state("running")
     try:
