@@ -10,6 +10,7 @@ source is less than half full, its state is copied instead, which takes only wha
 from __future__ import annotations
 
 import ctypes
+import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import numpy as np
 from ai_assistant.engines.batch import Batch
 from ai_assistant.engines.native import last_messages
 from ai_assistant.engines.sampling import Logits, Scratch
+from ai_assistant.engines.threads import ThreadControl
 from ai_assistant.errors import OutOfMemory
 
 
@@ -64,6 +66,7 @@ class ContextShape:
     """Tokens of one batch that may ask for logits. Rows of the whole batch would take hundreds of
     megabytes with a large vocabulary, and more than this ends the process."""
     threads: int
+    """At most; fewer decode while others hold some of the cores."""
     kv_type: str = "f16"
     whole: bool = False
 
@@ -83,6 +86,8 @@ class NativeContext:
         self._bound: Batch | None = None
         self._copied: set[int] = set()
         """Sequences into which the next decode copies first."""
+        self._threads = ThreadControl(shape.threads)
+        self._threads_set = shape.threads
         self._window = int(lib.llama_model_n_swa(model))
         self.whole = shape.whole
         self.scratch = Scratch(lib, vocabulary)
@@ -122,6 +127,7 @@ class NativeContext:
                 hint="load with a smaller context_length or fewer sequences, or kv_type f16",
             )
         self._native = native
+        self._threads_set = shape.threads
         self._memory = lib.llama_get_memory(native)
         self._logits = Logits(lib, native, self._vocabulary)
 
@@ -138,7 +144,15 @@ class NativeContext:
         if self._bound is not batch:
             self._bind(batch)
         self._batch.n_tokens = batch.count
+        threads = self._threads.for_step(batch.count)
+        if threads != self._threads_set:
+            self._lib.llama_set_n_threads(self._native, threads, threads)
+            self._threads_set = threads
+        begin = time.perf_counter()
         code = int(self._lib.llama_decode(self._native, self._batch))
+        # A step that also copies a cache says nothing about the threads.
+        if not code and not self._copied:
+            self._threads.after_step(time.perf_counter() - begin, batch.count)
         self._copied.clear()
         return code
 
