@@ -6,7 +6,7 @@
 read                        yes             yes                     yes
 infer, load                 no              yes                     yes
 import, unload              no              no                      yes
-remove                      no              no                      yes
+remove, network-api         no              no                      yes
 ==========================  ==============  ======================  ==============================
 
 On the bus the polkit rules of this package say the same, and an administrator can change them there.

@@ -77,6 +77,7 @@ class Scope(StrEnum):
     IMPORT = "import"
     UNLOAD = "unload"
     REMOVE = "remove"
+    NETWORK_API = "network-api"
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from ai_assistant.cli import (
+    api,
     ask,
     banner,
     chat,
@@ -65,6 +66,7 @@ app.command("chat", cls=Command)(chat.chat)
 app.command("run", cls=Command)(run_command.run)
 app.add_typer(model.app, name="model")
 app.add_typer(config.app, name="config")
+app.add_typer(api.app, name="api")
 app.add_typer(storage.app, name="storage")
 app.command("doctor", cls=Command)(doctor.doctor)
 app.command("install", cls=Command)(install.install)

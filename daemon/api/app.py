@@ -5,32 +5,39 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Send
+from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from ai_assistant.daemon.api.auth import Allowed, check
 from ai_assistant.daemon.api.endpoints import Endpoints
-from ai_assistant.daemon.api.errors import HttpError, error_bytes, error_headers
+from ai_assistant.daemon.api.errors import HttpError, error_response
 from ai_assistant.daemon.api.exchange import ClientGone, Exchange, Held
+from ai_assistant.daemon.api.front import Front
 from ai_assistant.daemon.api.limits import Limits
-from ai_assistant.daemon.api.rendering import error_event
+from ai_assistant.daemon.api.network import Network, NetworkEndpoints
 from ai_assistant.daemon.contract import Peer, Scope, Service
-from ai_assistant.errors import AIAssistantError, InternalError, NotSupported, ServiceUnavailable
+from ai_assistant.errors import AIAssistantError, InternalError, NotSupported
 
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
-def create_app(service: Service, allowed: Allowed, *, limits: Limits | None = None) -> Starlette:
-    """The application; `scope["state"]["peer"]` must say who asks, as `protocol.Connection` does."""
+def create_app(
+    service: Service, allowed: Allowed, *, limits: Limits | None = None, network: Network | None = None
+) -> ASGIApp:
+    """The application; `scope["state"]["peer"]` must say who asks, as `protocol.Connection` does.
+
+    Args:
+        network: whose keys count for requests without a peer; None: there are none.
+    """
     limits = limits or Limits()
     held = Held(limits.bodies_bytes)
     api = Endpoints(service)
@@ -43,22 +50,29 @@ def create_app(service: Service, allowed: Allowed, *, limits: Limits | None = No
 
         return Route(path, _Endpoint(handler, scope, allowed, limits, held, count), methods=[method])
 
-    return Starlette(
-        routes=[
-            route("/v1/chat/completions", "POST", api.chat, Scope.INFER),
-            route("/v1/completions", "POST", api.completions, Scope.INFER),
-            route("/v1/embeddings", "POST", api.embeddings, Scope.INFER),
-            route("/v1/rerank", "POST", api.rerank, Scope.INFER),
-            route("/v1/classify", "POST", api.classify, Scope.INFER),
-            route("/v1/models", "GET", api.models, Scope.READ),
-            route("/v1/models/{name:path}", "GET", api.model, Scope.READ),
-            route("/tokenize", "POST", api.tokenize, Scope.INFER),
-            route("/detokenize", "POST", api.detokenize, Scope.INFER),
-            route("/health", "GET", api.health, Scope.READ),
-            route("/metrics", "GET", api.metrics, Scope.READ),
-        ],
-        exception_handlers={HTTPException: _http_exception},
-    )
+    routes = [
+        route("/v1/chat/completions", "POST", api.chat, Scope.INFER),
+        route("/v1/completions", "POST", api.completions, Scope.INFER),
+        route("/v1/embeddings", "POST", api.embeddings, Scope.INFER),
+        route("/v1/rerank", "POST", api.rerank, Scope.INFER),
+        route("/v1/classify", "POST", api.classify, Scope.INFER),
+        route("/v1/models", "GET", api.models, Scope.READ),
+        route("/v1/models/{name:path}", "GET", api.model, Scope.READ),
+        route("/tokenize", "POST", api.tokenize, Scope.INFER),
+        route("/detokenize", "POST", api.detokenize, Scope.INFER),
+        route("/health", "GET", api.health, Scope.READ),
+        route("/metrics", "GET", api.metrics, Scope.READ),
+    ]
+    if network is not None:
+        more = NetworkEndpoints(network)
+        routes += [
+            route("/network", "GET", more.state, Scope.READ),
+            route("/network/keys", "GET", more.keys, Scope.NETWORK_API),
+            route("/network/keys", "POST", more.add, Scope.NETWORK_API),
+            route("/network/keys/{key:path}", "DELETE", more.remove, Scope.NETWORK_API),
+        ]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_exception})
+    return Front(app, network.keys if network is not None else None, limits)
 
 
 class _Endpoint:
@@ -90,14 +104,14 @@ class _Endpoint:
         except ClientGone:
             exchange.status = 499
         except asyncio.CancelledError:
-            await _stopping(exchange)
+            await exchange.stopping()
         except HttpError as wrong:
-            await _fail(exchange, wrong.error, wrong.status, close=wrong.close, headers=wrong.headers)
+            await exchange.fail(wrong.error, wrong.status, close=wrong.close, headers=wrong.headers)
         except AIAssistantError as error:
-            await _fail(exchange, error)
+            await exchange.fail(error)
         except Exception:
             _log.exception("%s %s failed", scope["method"], ascii(scope["path"]))
-            await _fail(exchange, InternalError("the request failed", hint="details are in the journal"))
+            await exchange.fail(InternalError("the request failed", hint="details are in the journal"))
         finally:
             exchange.close()
             self._count(exchange.status)
@@ -105,47 +119,15 @@ class _Endpoint:
             _trace(exchange, time.monotonic() - begin)
 
 
-async def _fail(
-    exchange: Exchange,
-    error: AIAssistantError,
-    status: int = 0,
-    *,
-    close: bool = False,
-    headers: Mapping[str, str] | None = None,
-) -> None:
-    if exchange.streaming:
-        await exchange.finish(error_event(error))
-    elif not exchange.started:
-        await exchange.respond(_error_response(error, status, close=close, headers=headers))
-
-
-async def _stopping(exchange: Exchange) -> None:
-    """The server cancels what has not ended in time; the client is told why, and the task ends here."""
-    task = asyncio.current_task()
-    if task is not None:
-        task.uncancel()
-    await _fail(exchange, ServiceUnavailable("the daemon is stopping", hint="try again in a moment"))
-
-
-def _error_response(
-    error: AIAssistantError, status: int = 0, *, close: bool = False, headers: Mapping[str, str] | None = None
-) -> Response:
-    made = error_headers(error) | dict(headers or {})
-    if close:
-        made["connection"] = "close"
-    status = status or error.http_status
-    return Response(error_bytes(error, status), status, made, media_type="application/json")
-
-
 async def _http_exception(request: Request, error: Exception) -> Response:
     """What the router itself refuses: no such path, or another method."""
     assert isinstance(error, HTTPException)
     path = ascii(request.scope["path"])[1:-1][:200]
     if error.status_code == 405:
-        response = _error_response(NotSupported(f"{path} does not take {request.method}"), 405)
+        response = error_response(NotSupported(f"{path} does not take {request.method}"), 405)
         response.headers.update(error.headers or {})
         return response
-    return _error_response(NotSupported(f"there is no {path}", hint="docs/api.md lists the endpoints"), 404)
+    return error_response(NotSupported(f"there is no {path}", hint="docs/api.md lists the endpoints"), 404)
 
 
 def _trace(exchange: Exchange, seconds: float) -> None:

@@ -8,6 +8,7 @@ from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ai_assistant.daemon.api.keys import Login
 from ai_assistant.daemon.contract import Peer, Scope
 from ai_assistant.errors import NotAuthorized
 
@@ -38,14 +39,19 @@ def peer_of(connection: socket.socket | TransportSocket) -> Peer | None:
 
 
 def check(state: Mapping[str, Any], scope: Scope, allowed: Allowed) -> None:
-    """Let the request of `state["peer"]` through, or say what is missing.
+    """Let the request of `state["peer"]`, or of the key in `state["key"]`, through, or say what is missing.
 
     Raises:
         NotAuthorized
     """
+    key = state.get("key")
+    if isinstance(key, Login):
+        if str(scope) not in key.scopes:
+            raise NotAuthorized(f"this key is not for {scope}", hint=f"it is for {', '.join(sorted(key.scopes))}")
+        return
     peer = state.get("peer")
     if not isinstance(peer, Peer) or not allowed(peer, scope):
+        group = "ai-assistant-admin" if scope is Scope.NETWORK_API else "ai-assistant"
         raise NotAuthorized(
-            f"you may not {scope} here",
-            hint="join the group ai-assistant (adduser NAME ai-assistant) and log in again",
+            f"you may not {scope} here", hint=f"join the group {group} (adduser NAME {group}) and log in again"
         )

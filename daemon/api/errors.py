@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from starlette.responses import Response
+
 from ai_assistant.errors import (
     AIAssistantError,
     Busy,
@@ -68,13 +70,23 @@ def error_headers(error: AIAssistantError) -> dict[str, str]:
     return headers
 
 
+def error_response(
+    error: AIAssistantError, status: int = 0, *, close: bool = False, headers: Mapping[str, str] | None = None
+) -> Response:
+    made = error_headers(error) | dict(headers or {})
+    if close:
+        made["connection"] = "close"
+    status = status or error.http_status
+    return Response(error_bytes(error, status), status, made, media_type="application/json")
+
+
 def retry_after(seconds: int) -> dict[str, str]:
     return {"retry-after": str(seconds)}
 
 
 def _type(error: AIAssistantError, status: int) -> str:
     if isinstance(error, NotAuthorized):
-        return "permission_error"
+        return "authentication_error" if status == 401 else "permission_error"
     if isinstance(error, Busy):
         return "rate_limit_error"
     if status < 500 or isinstance(error, NotSupported):

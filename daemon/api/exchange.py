@@ -11,11 +11,12 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from ai_assistant.daemon.api.errors import HttpError
+from ai_assistant.daemon.api.errors import HttpError, error_response
 from ai_assistant.daemon.api.jsonbody import parse_object
 from ai_assistant.daemon.api.limits import Limits
+from ai_assistant.daemon.api.rendering import error_event
 from ai_assistant.daemon.contract import Peer, caller
-from ai_assistant.errors import Busy, InvalidArgument, NotSupported, Timeout
+from ai_assistant.errors import AIAssistantError, Busy, InvalidArgument, NotSupported, ServiceUnavailable, Timeout
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -126,6 +127,27 @@ class Exchange:
         """End a stream."""
         self.streaming = False
         await self._send({"type": "http.response.body", "body": piece, "more_body": False})
+
+    async def fail(
+        self,
+        error: AIAssistantError,
+        status: int = 0,
+        *,
+        close: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Tell an error in the way that is still possible."""
+        if self.streaming:
+            await self.finish(error_event(error))
+        elif not self.started:
+            await self.respond(error_response(error, status, close=close, headers=headers))
+
+    async def stopping(self) -> None:
+        """The server cancels what has not ended in time; the client is told why, and the task ends here."""
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()
+        await self.fail(ServiceUnavailable("the daemon is stopping", hint="try again in a moment"))
 
     @asynccontextmanager
     async def while_waiting(self) -> AsyncIterator[None]:

@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 
 from ai_assistant.daemon.api.auth import peer_of
 from ai_assistant.daemon.api.errors import error_bytes
+from ai_assistant.daemon.api.gate import Gate, source_of
 from ai_assistant.daemon.api.limits import Limits
 from ai_assistant.daemon.contract import Peer
 from ai_assistant.errors import AIAssistantError, Busy, InvalidArgument, Timeout
@@ -33,6 +34,8 @@ class State(ServerState):
     def __init__(self, limits: Limits) -> None:
         self._date = (0, b"")
         self.limits = limits
+        self.gates: set[Gate] = set()
+        """Connections whose handshake goes on."""
         super().__init__()
 
     @property
@@ -47,8 +50,37 @@ class State(ServerState):
     def default_headers(self, value: object) -> None:
         """uvicorn sets an empty list once."""
 
-    def of_user(self, uid: int) -> list[Connection]:
-        return [each for each in cast("set[Connection]", self.connections) if each.uid == uid]
+    def of(self, owner: object) -> list[Connection]:
+        """One user's, or those from one place in the network."""
+        return [each for each in cast("set[Connection]", self.connections) if each.owner == owner]
+
+    def admit(self, gate: Gate) -> bool:
+        """Count a connection from the network before its handshake, unless there are too many."""
+        network = [each for each in cast("set[Connection]", self.connections) if isinstance(each.owner, str)]
+        mine = sum(each.owner == gate.source for each in network) + sum(
+            each.source == gate.source for each in self.gates
+        )
+        if mine >= self.limits.connections_per_source:
+            among = [each for each in network if each.owner == gate.source]
+        elif len(network) + len(self.gates) >= self.limits.network_connections:
+            among = network
+        else:
+            among = None
+        if among is not None and not self.make_room(among):
+            return False
+        self.gates.add(gate)
+        return True
+
+    def leave(self, gate: Gate) -> None:
+        self.gates.discard(gate)
+
+    def make_room(self, among: list[Connection]) -> bool:
+        """End the one of them that has been idle for longest; False when none is."""
+        idle = [each for each in among if each.evictable]
+        if not idle:
+            return False
+        min(idle, key=lambda each: each.idle_since).transport.abort()
+        return True
 
 
 class Connection(H11Protocol):
@@ -66,8 +98,9 @@ class Connection(H11Protocol):
         self.timeout_keep_alive = self._limits.keep_alive_s  # type: ignore[assignment]
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        self._idle_since = 0.0
-        self.uid = -1
+        self.idle_since = 0.0
+        self.owner: object = None
+        """User id on the unix socket, `source_of` in the network."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -77,9 +110,9 @@ class Connection(H11Protocol):
         except OSError:
             transport.abort()
             return
-        self.app_state = {**self.app_state, "peer": peer}
-        self.uid = -1 if peer is None else peer.uid
-        self._idle_since = self.loop.time()
+        self.owner = source_of(transport) if peer is None else peer.uid
+        self.app_state = {**self.app_state, "peer": peer, "source": self.owner}
+        self.idle_since = self.loop.time()
         if not self._admitted():
             self._refuse(503, Busy("too many connections", hint="close some, or try again in a moment"), retry_s=1)
             return
@@ -120,7 +153,7 @@ class Connection(H11Protocol):
         self._refuse(status, InvalidArgument(f"not a valid HTTP request: {detail}"))
 
     def on_response_complete(self) -> None:
-        self._idle_since = self.loop.time()
+        self.idle_since = self.loop.time()
         unread = self.conn.their_state is h11.SEND_BODY
         super().on_response_complete()
         if unread:
@@ -163,15 +196,17 @@ class Connection(H11Protocol):
 
     def _admitted(self) -> bool:
         """Whether there is room; if not, the longest idle connection of the same user makes some."""
-        mine = self._shared.of_user(self.uid)
-        if len(mine) <= self._limits.connections_per_user and len(self.connections) <= self._limits.connections:
+        mine = self._shared.of(self.owner)
+        most = self._limits.connections_per_user if isinstance(self.owner, int) else self._limits.connections_per_source
+        if len(mine) <= most and len(self.connections) <= self._limits.connections:
             return True
+        return self._shared.make_room(mine)
+
+    @property
+    def evictable(self) -> bool:
+        """Idle for so long that nothing is on its way."""
         old = self.loop.time() - _EVICTABLE_AFTER_S
-        idle = [each for each in mine if not each._busy and each._idle_since < old and not each.transport.is_closing()]
-        if not idle:
-            return False
-        min(idle, key=lambda each: each._idle_since).transport.abort()
-        return True
+        return not self._busy and self.idle_since < old and not self.transport.is_closing()
 
     def _refuse(self, status: int, error: AIAssistantError, *, retry_s: int = 0) -> None:
         """Answer by ourselves and close."""

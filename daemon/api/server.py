@@ -12,7 +12,9 @@ import uvicorn
 
 from ai_assistant.daemon.api.app import create_app
 from ai_assistant.daemon.api.auth import Allowed
+from ai_assistant.daemon.api.gate import Gate
 from ai_assistant.daemon.api.limits import Limits
+from ai_assistant.daemon.api.network import Network
 from ai_assistant.daemon.api.protocol import Connection, State
 from ai_assistant.daemon.contract import Service
 
@@ -28,15 +30,19 @@ async def serve(
     allowed: Allowed,
     *,
     limits: Limits | None = None,
+    network: Network | None = None,
 ) -> None:
     """Answer on `sockets`, which listen already and are closed at the end, until `stop` is set.
 
     Answers that are under way then have `limits.grace_s` to finish; what is left is told that the daemon
     stops. Sleeps while nobody asks: there is no periodic work.
+
+    Args:
+        network: what listens there, with TLS and keys.
     """
     limits = limits or Limits()
     config = uvicorn.Config(
-        create_app(service, allowed, limits=limits),
+        create_app(service, allowed, limits=limits, network=network),
         http=Connection,
         ws="none",
         lifespan="off",
@@ -50,17 +56,35 @@ async def serve(
         date_header=False,  # `State` has it
         h11_max_incomplete_event_size=limits.header_bytes,
     )
-    server = _Server(config, stop, limits)
+    server = _Server(config, stop, limits, network)
     service.counters.metrics.connections = lambda: len(server.server_state.connections)
     await server.serve(sockets=list(sockets))
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, stop: asyncio.Event, limits: Limits) -> None:
+    def __init__(
+        self, config: uvicorn.Config, stop: asyncio.Event, limits: Limits, network: Network | None = None
+    ) -> None:
         super().__init__(config)
-        self.server_state = State(limits)
+        self._state = State(limits)
+        self.server_state = self._state
+        self._network = network
         self._stop = stop
         self._grace_s = limits.grace_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self._network is None or self._network.context is None:
+            return
+        context = self._network.context
+        loop = asyncio.get_running_loop()
+
+        def connection() -> Connection:
+            return Connection(self.config, self._state, self.lifespan.state)
+
+        for each in self._network.sockets:
+            server = await loop.create_server(lambda: Gate(self._state, context, connection), sock=each, backlog=128)
+            self.servers.append(server)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -76,6 +100,9 @@ class _Server(uvicorn.Server):
             server.close()
         for each in sockets or []:
             each.close()
+        for gate in list(self._state.gates):
+            if gate.transport is not None:
+                gate.transport.abort()
         for connection in list(self.server_state.connections):
             connection.shutdown()
         running = set(self.server_state.tasks)

@@ -18,6 +18,7 @@ import pytest
 
 from ai_assistant.daemon.api.auth import Allowed
 from ai_assistant.daemon.api.limits import Limits
+from ai_assistant.daemon.api.network import Network
 from ai_assistant.daemon.api.server import serve
 from tests.support.fake_service import FakeService
 
@@ -109,11 +110,14 @@ Start = Callable[..., Awaitable[Api]]
 
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
-    """Start a server: `await start(limits=…, allowed=…)`; all are stopped at the end."""
+    """Start a server: `await start(limits=…, allowed=…, network=…)`; all are stopped at the end."""
     async with AsyncExitStack() as stack:
 
         async def begin(
-            limits: Limits | None = None, allowed: Allowed = lambda _peer, _scope: True, folder: Path = tmp_path
+            limits: Limits | None = None,
+            allowed: Allowed = lambda _peer, _scope: True,
+            folder: Path = tmp_path,
+            network: Network | None = None,
         ) -> Api:
             path = folder / "api.sock"
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -122,7 +126,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             path.chmod(0o666)
             stop = asyncio.Event()
             service = FakeService()
-            task = asyncio.create_task(serve(service, [listener], stop, allowed, limits=limits))
+            task = asyncio.create_task(serve(service, [listener], stop, allowed, limits=limits, network=network))
             client = httpx.AsyncClient(
                 transport=httpx.AsyncHTTPTransport(uds=str(path)), base_url="http://localhost", timeout=10
             )

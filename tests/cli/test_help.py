@@ -19,7 +19,8 @@ COMMANDS = (
     ("status",), ("top",), ("ask",), ("chat",), ("run",), ("doctor",), ("install",), ("version",), ("config", "show"),
     ("config", "check"), ("model", "list"), ("model", "show"), ("model", "import"), ("model", "remove"),
     ("model", "load"), ("model", "unload"), ("storage", "recovery-key"), ("storage", "acknowledge"),
-    ("storage", "reseal"), ("verify-boot",),
+    ("storage", "reseal"), ("verify-boot",), ("api", "enable"), ("api", "disable"), ("api", "status"),
+    ("api", "key", "add"), ("api", "key", "list"), ("api", "key", "remove"),
 )  # fmt: skip
 
 

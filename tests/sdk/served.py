@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ai_assistant.daemon.api.network import Network
 from ai_assistant.daemon.api.server import serve
 from ai_assistant.daemon.contract import Peer, Scope
 from tests.support.fake_service import FakeService
@@ -42,7 +43,7 @@ class Served:
 
 
 @contextmanager
-def served(path: Path) -> Iterator[Served]:
+def served(path: Path, network: Network | None = None) -> Iterator[Served]:
     service = FakeService()
     allowed = set(Scope)
     loop = asyncio.new_event_loop()
@@ -56,7 +57,7 @@ def served(path: Path) -> Iterator[Served]:
 
     def body() -> None:
         asyncio.set_event_loop(loop)
-        loop.run_until_complete(serve(service, [listening], stop, may))
+        loop.run_until_complete(serve(service, [listening], stop, may, network=network))
         loop.close()
 
     thread = threading.Thread(target=body, name="api-server", daemon=True)
