@@ -109,7 +109,7 @@ def test_an_extra_command_line_is_refused_with_secure_boot(appliance: Installed)
         machine.power_on()
         machine.wait_for_console(*REFUSED)
         no_shell(machine)
-        assert "The kernel command line is the published one" in machine.console.text
+        assert "ai-assistant-command-line.service" in machine.console.text
 
 
 @pytest.mark.parametrize("words", EXTRA_COMMAND_LINES)
