@@ -346,6 +346,7 @@ class Walk:
         ahead = self.state
         if ahead in self._safe:
             return
+        self._step(ahead, "{")
         for _ in range(_OPENING):
             ahead = self._step(ahead, "[")
             if not self._positions[ahead]:

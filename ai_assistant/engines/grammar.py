@@ -378,17 +378,17 @@ class _Converter:
         return schema.get("additionalProperties") not in (None, True)
 
     def _members(self, pairs: list[tuple[str, bool]], rest: str) -> str:
-        """Members in their declared order. Two rules per optional one, so the grammar stays linear in size:
-        `first` where nothing was written yet, `more` where a comma is due."""
+        """Members in their declared order. Two rules for each, so the grammar stays linear in size: `these` begins
+        with one of the members from here on, `more` with the comma before them, which is there only once."""
         more = self._rule(f'("," ws {rest})*') if rest else '""'
-        first = self._rule(f"({rest} {more})?") if rest else '""'
+        these = self._rule(f"{rest} {more}") if rest else ""
+        must = False
         for pair, is_required in reversed(pairs):
-            name = self._rule(pair)
-            if is_required:
-                first, more = self._rule(f"{name} {more}"), self._rule(f'"," ws {name} {more}')
-            else:
-                first, more = self._rule(f"{name} {more} | {first}"), self._rule(f'("," ws {name})? {more}')
-        return first
+            later = f" | {these}" if these and not is_required else ""
+            these = self._rule(f"{pair} {more}{later}")
+            must = must or is_required
+            more = self._rule(f'"," ws {these}' if must else f'("," ws {these})?')
+        return these if must else f"({these})?" if these else '""'
 
 
 def _guess_type(schema: Mapping[str, Any]) -> str | list[str]:

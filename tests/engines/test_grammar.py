@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from ai_assistant.engines.grammar import grammar_of
+from ai_assistant.engines.gbnf import Walk, parsed
+from ai_assistant.engines.grammar import MAX_CALLS, call_grammar, grammar_of
 from ai_assistant.errors import InvalidArgument
 from tests.support.gbnf import compiled
 
@@ -132,6 +133,21 @@ def test_exclusive_bounds() -> None:
         ({"type": "integer", "minimum": 5, "maximum": 4}, "no number"),
         ({"type": "integer", "minimum": 0.5}, "whole number"),
         ({"type": "integer", "minimum": 10**30}, "15 digits"),
+        ({"type": "integer", "minimum": float("inf")}, "whole number"),
+        ({"type": "integer", "maximum": float("nan")}, "whole number"),
+        ({"const": float("nan")}, "constant"),
+        ({"const": 10**5000}, "constant"),
+        ({"enum": ["a", "\ud800"]}, "constant"),
+        ({"properties": {"\ud800": {}}}, "constant"),
+        ({"type": "array", "minItems": 5_000_000}, "minItems"),
+        ({"type": "array", "maxItems": 10**400}, "maxItems"),
+        ({"type": "string", "minLength": True}, "minLength"),
+        ({"type": "array", "prefixItems": [{}] * 2000}, "prefixItems"),
+        ({"anyOf": [{"const": n} for n in range(500)]}, "alternatives"),
+        ({"allOf": [{"properties": 5}, {}]}, "properties"),
+        ({"allOf": [{}, {"required": 5}]}, "required"),
+        ({"properties": {"a": {}}, "required": [["a"]]}, "required"),
+        ({"properties": {"a": {}}, "required": {"a": 1}}, "required"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused_by_name(schema: dict[str, Any], word: str) -> None:
@@ -152,7 +168,126 @@ def test_deep_and_large_schemas_are_refused() -> None:
     with pytest.raises(InvalidArgument, match="too large"):
         grammar_of(wide)
     with pytest.raises(InvalidArgument, match="too large"):
-        grammar_of({"enum": ["x" * 1000 + str(n) for n in range(2000)]})
+        grammar_of({"enum": [str(n) + "x" * 1000 for n in range(2000)]})
+    with pytest.raises(InvalidArgument, match="too large"):
+        grammar_of({"enum": list(range(5000))})
+
+
+def test_every_kind_of_nesting_is_bounded() -> None:
+    for wrap in (
+        lambda inner: {"allOf": [inner]}, lambda inner: {"anyOf": [inner]}, lambda inner: {"properties": {"a": inner}},
+        lambda inner: {"prefixItems": [inner]}, lambda inner: {"additionalProperties": inner},
+    ):  # fmt: skip
+        deep: dict[str, Any] = {"type": "null"}
+        for _ in range(300):
+            deep = wrap(deep)
+        with pytest.raises(InvalidArgument, match="deeper"):
+            grammar_of(deep)
+    chain = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(500)}
+    with pytest.raises(InvalidArgument, match="deeper"):
+        grammar_of({"$ref": "#/$defs/d0", "$defs": {**chain, "d500": {"type": "null"}}})
+    nested: Any = 1
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(InvalidArgument, match="constant"):
+        grammar_of({"const": nested})
+
+
+def test_any_json_at_all_is_a_schema_or_an_error() -> None:
+    rng = random.Random(8)
+    keys = [
+        "type",
+        "properties",
+        "required",
+        "items",
+        "prefixItems",
+        "enum",
+        "const",
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "$ref",
+    ]
+    keys += ["$defs", "minLength", "maxLength", "minItems", "maxItems", "minimum", "exclusiveMaximum", "nullable"]
+    keys += ["additionalProperties"]
+    leaves: list[Any] = [
+        "object",
+        "array",
+        "string",
+        "integer",
+        "number",
+        "#",
+        "#/$defs/a",
+        "#/properties/type",
+        "",
+        None,
+        True,
+    ]
+    leaves += [False, 0, 1, -3, 2.5, 1e400, 10**20, [], {}]
+
+    def value(depth: int) -> Any:
+        kind = rng.random()
+        if depth == 0 or kind < 0.4:
+            return rng.choice(leaves)
+        if kind < 0.6:
+            return [value(depth - 1) for _ in range(rng.randint(0, 3))]
+        return {rng.choice([*keys, "a"]): value(depth - 1) for _ in range(rng.randint(0, 4))}
+
+    good = 0
+    for _ in range(4000):
+        schema = {rng.choice(keys): value(3) for _ in range(rng.randint(0, 3))}
+        try:
+            Walk(parsed(grammar_of(schema)))
+            good += 1
+        except InvalidArgument:
+            pass
+    assert 200 < good < 3800
+
+
+def _reads(grammar: str, text: str) -> bool:
+    walk = Walk(parsed(grammar))
+    walk.feed(text)
+    return walk.may_end
+
+
+def test_long_enums_are_read_with_one_way_to_go_on() -> None:
+    rng = random.Random(2)
+    words = sorted({"".join(rng.choice('ab"\\é') for _ in range(rng.randint(0, 7))) for _ in range(800)})
+    for values in (words, [*words[:50], 1, 12, 123, None, True, 1.5, {"a": [1]}], ["a" * n for n in range(150)]):
+        grammar = grammar_of({"type": "object", "properties": {"w": {"enum": values}}, "required": ["w"]})
+        for each in [*values[:12], *values[-12:]]:
+            text = json.dumps({"w": each}, ensure_ascii=False)
+            assert _reads(grammar, text)
+            assert not _reads(grammar, text.replace("}", "x}", 1))
+    walk = Walk(parsed(grammar_of({"enum": words})))
+    for each in '"ab':
+        walk.feed(each)
+        assert walk.width <= 8
+
+
+def test_calls() -> None:
+    tools: list[dict[str, Any]] = [
+        {"name": "warm", "parameters": {"properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"]}},
+        {"name": "warn", "parameters": {"type": "object", "properties": {"at": {"$ref": "#/$defs/time"}},
+                                        "required": ["at"], "$defs": {"time": {"type": "integer"}}}},
+        {"name": "status"},
+    ]  # fmt: skip
+    calls = [
+        {"name": "warm", "arguments": {"unit": "C"}}, {"name": "warn", "arguments": {"at": 5}},
+        {"name": "status", "arguments": {}},
+    ]  # fmt: skip
+    single, several = (call_grammar(tools, parallel=each) for each in (False, True))
+    for call in calls:
+        assert _reads(single, json.dumps(call))
+        assert _reads(several, json.dumps(call))
+    for count in (1, 3, MAX_CALLS):
+        assert _reads(several, json.dumps((calls * count)[:count]))
+        assert not _reads(single, json.dumps((calls * count)[:count]))
+    for wrong in ([], (calls * MAX_CALLS)[: MAX_CALLS + 1], {**calls[0], "name": "warn"}, {"name": "other"}):
+        assert not _reads(several, json.dumps(wrong))
+    with pytest.raises(InvalidArgument) as caught:
+        call_grammar([{"name": "x", "parameters": {"type": "potato"}}], parallel=True)
+    assert caught.value.param == "tools"
 
 
 def test_the_grammar_grows_with_the_schema_and_not_faster() -> None:

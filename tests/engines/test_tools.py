@@ -10,12 +10,13 @@ import pytest
 
 from ai_assistant.engines.contract import ToolCall
 from ai_assistant.engines.output import AutoCalls, ForcedCall
-from ai_assistant.engines.tools import ToolReader, call_schema, check_tools, parse_call
+from ai_assistant.engines.tools import MAX_CALLS, ToolReader, check_tools, forced_grammar, parse_calls
 from ai_assistant.errors import InvalidArgument
 
 _NAMES = frozenset({"warm", "reboot"})
 _WARM = '{"name": "warm", "arguments": {"unit": "C"}}'
 _CALL = ToolCall("warm", '{"unit": "C"}')
+_REBOOT = ToolCall("reboot", "{}")
 
 
 def _tool(name: Any, parameters: Any = None) -> dict[str, Any]:
@@ -26,9 +27,10 @@ def test_checked_tools() -> None:
     tools = [_tool("warm"), _tool("reboot", {"type": "object"})]
     assert [each["name"] for each in check_tools(tools, "auto")] == ["warm", "reboot"]
     assert check_tools(tools, "none") == []
-    assert len(call_schema(check_tools(tools, "required"), "required")["oneOf"]) == 2
-    named = call_schema(check_tools(tools, "reboot"), "reboot")["oneOf"]
-    assert [each["properties"]["name"] for each in named] == [{"const": "reboot"}]
+    required = forced_grammar(check_tools(tools, "required"), "required", parallel=False)
+    assert "warm" in required
+    assert "reboot" in required
+    assert "warm" not in forced_grammar(check_tools(tools, "reboot"), "reboot", parallel=True)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,20 @@ def test_wrong_tools(tools: list[Any], choice: str, param: str) -> None:
         ('{"name": "warm", "arguments": "{\\"unit\\": \\"C\\"}"}', "", (_CALL,)),
         ('{"type":"function","function":{"name":"warm","parameters":{"unit":"C"}}}', "", (_CALL,)),
         ('{"name": "warm", "arg', '{"name": "warm", "arg', ()),
+        # Mistral's, with the mark written out and without.
+        (f"[TOOL_CALLS] [{_WARM}, {_WARM}]", "", (_CALL, _CALL)),
+        (f"[{_WARM}]", "", (_CALL,)),
+        ('[TOOL_CALLS]warm[ARGS]{"unit": "C"}[TOOL_CALLS]reboot{}', "", (_CALL, _REBOOT)),
+        ('[TOOL_CALLS]warm[CALL_ID]a1b2[ARGS]{"unit": "C"}', "", (_CALL,)),
+        ('[TOOL_CALLS]other[ARGS]{"unit": "C"}', '[TOOL_CALLS]other[ARGS]{"unit": "C"}', ()),
+        # Llama's.
+        ('{"name": "warm", "parameters": {"unit": "C"}}; {"name": "reboot", "parameters": {}}', "", (_CALL, _REBOOT)),
+        ('<|python_tag|>{"type": "function", "name": "warm", "parameters": {"unit": "C"}}', "", (_CALL,)),
+        (f"{_WARM}\n{_WARM}\n", "", (_CALL, _CALL)),
+        (f"{_WARM} and that is all", f"{_WARM} and that is all", ()),
+        ("[1, 2, 3]", "[1, 2, 3]", ()),
+        (f"[{_WARM}, 5]", f"[{_WARM}, 5]", ()),
+        (f"<tool_call>[{_WARM}, {_WARM}]</tool_call>", "", (_CALL, _CALL)),
         ("", "", ()),
     ],
 )
@@ -85,6 +101,34 @@ def test_calls_in_text_wherever_it_is_cut(text: str, shown: str, calls: tuple[To
             rest = rest[size:]
         tail, found = reader.finish()
         assert (out + tail, found) == (shown, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"Well. <tool_call>{_WARM}</tool_call>\n<tool_call>{_WARM}</tool_call> more", "Well. "),
+        (f"[TOOL_CALLS] [{_WARM}, {_WARM}]", ""),
+        (f"{_WARM}; {_WARM}", ""),
+    ],
+)
+def test_one_call_where_only_one_may_be(text: str, shown: str) -> None:
+    for size in (1, 5, 1000):
+        auto = AutoCalls((), _NAMES, parallel=False)
+        out = ""
+        for at in range(0, len(text), size):
+            out += auto.feed(text[at : at + size].encode())
+            if auto.complete:
+                break
+        rest, calls = auto.finish()
+        assert (out + rest, calls) == (shown, (_CALL,))
+
+
+def test_a_model_that_calls_without_end() -> None:
+    auto = AutoCalls((), _NAMES)
+    for _ in range(MAX_CALLS + 5):
+        auto.feed(f"<tool_call>{_WARM}</tool_call>".encode())
+    assert len(auto.finish()[1]) == MAX_CALLS
+    assert parse_calls(f"{_WARM};" * (MAX_CALLS + 1), _NAMES) == ()
 
 
 def test_text_is_not_held_back_longer_than_needed() -> None:
@@ -108,6 +152,10 @@ def test_outputs() -> None:
     assert [forced.feed(bytes([each])) for each in _WARM.encode()] == [""] * len(_WARM)
     assert forced.complete
     assert forced.finish() == ("", (_CALL,))
+    several = ForcedCall(_NAMES)
+    ends = [bool(several.feed(each.encode()) or several.complete) for each in (f"[{_WARM}, ", f"{_WARM}]")]
+    assert ends == [False, True]
+    assert several.finish() == ("", (_CALL, _CALL))
     auto = AutoCalls(("STOP",), _NAMES)
     assert auto.feed(b"Hi STOP there") == "Hi "
     assert auto.stopped
@@ -118,10 +166,9 @@ def test_outputs() -> None:
     "text", ["", "5", "[]", "{", '{"name": ["warm"]}', '{"name": "warm", "arguments": [1]}', "[" * 9999]
 )
 def test_what_is_no_call(text: str) -> None:
-    assert parse_call(text, _NAMES) is None
+    assert parse_calls(text, _NAMES) == ()
 
 
 def test_arguments_come_out_as_json() -> None:
-    call = parse_call('{"name": "warm", "arguments": {"text": "温度", "n": [1, {"a": null}]}}', _NAMES)
-    assert call is not None
+    (call,) = parse_calls('{"name": "warm", "arguments": {"text": "温度", "n": [1, {"a": null}]}}', _NAMES)
     assert json.loads(call.arguments) == {"text": "温度", "n": [1, {"a": None}]}
