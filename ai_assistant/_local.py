@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
 from ai_assistant._streams import AsyncTextStream, TextStream
-from ai_assistant._transport import open_model_file
+from ai_assistant._transport import check_folder, open_model_file
 from ai_assistant.engines.contract import Engine, Event, GenerateRequest, Generation, LoadOptions
 from ai_assistant.errors import NotSupported
 
@@ -20,7 +20,11 @@ def load(path: str | os.PathLike[str], options: Mapping[str, Any]) -> Engine:
         NotSupported: no engine is installed here.
         AIAssistantError: the file cannot be opened, or the model cannot be loaded.
     """
-    os.close(open_model_file(path))  # so that a bad path is the same error with and without a daemon
+    # A bad path is the same error with and without a daemon.
+    if os.path.isdir(path):  # noqa: PTH112 - false where the path is impossible
+        check_folder(path)
+    else:
+        os.close(open_model_file(path))
     try:
         from ai_assistant.engines import open_model
     except ImportError as error:

@@ -12,6 +12,7 @@ from ai_assistant.errors import (
     InternalError,
     InvalidArgument,
     InvalidModel,
+    NoSpace,
     NoSuchModel,
     NotAuthorized,
     ServiceUnavailable,
@@ -59,7 +60,7 @@ def no_http() -> AIAssistantError:
 
 
 def open_model_file(path: str | os.PathLike[str]) -> int:
-    """A descriptor for reading; the caller closes it.
+    """A descriptor for reading; the caller closes it. A folder with an ONNX model is packed into one file.
 
     Raises:
         NoSuchModel: there is no such file.
@@ -80,11 +81,9 @@ def open_model_file(path: str | os.PathLike[str]) -> int:
     try:
         found = os.fstat(fd)
         if stat.S_ISDIR(found.st_mode):
-            raise InvalidModel(
-                f"{_shown(path)} is a directory",
-                hint="name the model file itself, such as model.gguf",
-                param="model_path",
-            )
+            packed = _packed(path)
+            os.close(fd)
+            return packed
         if not stat.S_ISREG(found.st_mode):
             raise InvalidModel(f"{_shown(path)} is not a regular file", param="model_path")
         if found.st_size == 0:
@@ -93,6 +92,32 @@ def open_model_file(path: str | os.PathLike[str]) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises InvalidModel unless it holds an ONNX model; the only models that come as a folder."""
+    from ai_assistant.engines.onnx_package import MODEL, files_of
+
+    if MODEL not in files_of(Path(folder)):
+        raise InvalidModel(
+            f"{_shown(folder)} is a directory",
+            hint="name the model file itself, such as model.gguf, or a folder with model.onnx",
+            param="model_path",
+        )
+
+
+def _packed(folder: str | os.PathLike[str]) -> int:
+    """A folder with an ONNX model as one file without a name, open for reading only."""
+    from ai_assistant.engines.onnx_package import pack
+
+    check_folder(folder)
+    try:
+        with pack(Path(folder)) as file:
+            return os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NoSpace(
+            f"{_shown(folder)} cannot be packed into one file: {error.strerror}", hint="set TMPDIR"
+        ) from error
 
 
 def _shown(path: object) -> str:

@@ -41,15 +41,22 @@ def inspect_here(fd: int, options: LoadOptions) -> Inspection:
     Raises:
         InvalidModel: with the reason.
     """
-    from ai_assistant.engines.gguf import read_gguf
-    from ai_assistant.engines.gguf_rules import check, memory_shape
     from ai_assistant.engines.sniff import ModelFormat, sniff
 
     found = sniff(fd)
     if found is ModelFormat.UNKNOWN and os.fstat(fd).st_size:
         raise InvalidModel("the file is no model: its first bytes are those of no known format")
-    if found not in (ModelFormat.GGUF, ModelFormat.UNKNOWN):
+    if found is ModelFormat.ONNX:
+        from ai_assistant.engines import onnx_rules
+        from ai_assistant.engines.onnx_package import package_of
+
+        checked = onnx_rules.check(package_of(fd))
+        return Inspection(checked.info, checked.memory)
+    if found is ModelFormat.SAFETENSORS:
         raise InvalidModel(f"models in the format {found} cannot be used yet", hint="convert it to GGUF")
+    from ai_assistant.engines.gguf import read_gguf
+    from ai_assistant.engines.gguf_rules import check, memory_shape
+
     model = read_gguf(fd)
     return Inspection(check(model), memory_shape(model))
 

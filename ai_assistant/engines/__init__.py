@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ai_assistant.engines.contract import Engine, LoadOptions
 from ai_assistant.engines.gguf import opened
@@ -27,11 +27,11 @@ class EngineEntry(NamedTuple):
 
 ENGINES: tuple[EngineEntry, ...] = (
     EngineEntry("llama", (ModelFormat.GGUF,), "ai_assistant.engines.llama", "LlamaEngine"),
+    EngineEntry("onnx", (ModelFormat.ONNX,), "ai_assistant.engines.onnx", "OnnxEngine"),
 )
 """In order of preference: the first that opens a format is taken."""
 
 _HINTS = {
-    ModelFormat.ONNX: "convert the model to GGUF; an engine for ONNX is not part of this version",
     ModelFormat.SAFETENSORS: "safetensors hold training weights; convert the model to GGUF",
 }
 
@@ -52,16 +52,26 @@ def open_model(
         NotSupported: a format without an engine, or an engine that is not installed.
         OutOfMemory: it does not fit.
     """
+    if not isinstance(path_or_fd, int) and os.path.isdir(path_or_fd):  # noqa: PTH112 - false where it is impossible
+        # Of all models, only those for ONNX come as a folder.
+        folder: Engine = _class(ModelFormat.ONNX).open(path_or_fd, options, progress, files)
+        return folder
     with opened(path_or_fd) as fd:
         found = sniff(fd)
         if found is ModelFormat.UNKNOWN:
             if os.fstat(fd).st_size == 0:
                 raise InvalidModel("the file is empty")
-            raise InvalidModel("the file is no model of a known format (GGUF)")
-        for entry in ENGINES:
-            if found in entry.formats:
-                engine: Engine = getattr(import_module(entry.module), entry.attribute).open(
-                    fd, options, progress, files
-                )
-                return engine
+            raise InvalidModel("the file is no model of a known format (GGUF or ONNX)")
+        if found is not ModelFormat.ONNX:
+            engine: Engine = _class(found).open(fd, options, progress, files)
+            return engine
+    # By its path, if it has one: what belongs to it lies beside it.
+    engine = _class(found).open(path_or_fd, options, progress, files)
+    return engine
+
+
+def _class(found: ModelFormat) -> Any:
+    for entry in ENGINES:
+        if found in entry.formats:
+            return getattr(import_module(entry.module), entry.attribute)
     raise NotSupported(f"there is no engine for {found.value} models", hint=_HINTS.get(found, ""))

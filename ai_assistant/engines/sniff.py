@@ -6,6 +6,7 @@ import os
 from enum import StrEnum
 
 from ai_assistant.engines.gguf import MAGIC, opened
+from ai_assistant.engines.onnx_package import holds_model, is_archive
 from ai_assistant.errors import InvalidModel
 
 
@@ -19,14 +20,18 @@ class ModelFormat(StrEnum):
 def sniff(path_or_fd: int | str | os.PathLike[str]) -> ModelFormat:
     """Look at the first bytes of a regular file; the descriptor's position stays where it is.
 
+    A .tar or .zip is ONNX when there is a model.onnx in it.
+
     Raises:
         InvalidModel: the file cannot be read, or is no regular file.
     """
     with opened(path_or_fd) as fd:
         try:
-            head = os.pread(fd, 64, 0)
+            head = os.pread(fd, 512, 0)
         except OSError as error:
             raise InvalidModel(f"the file cannot be read: {error.strerror}") from error
+        if is_archive(head):
+            return ModelFormat.ONNX if holds_model(fd) else ModelFormat.UNKNOWN
         size = os.fstat(fd).st_size
     return sniff_bytes(head, size)
 

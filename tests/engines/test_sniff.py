@@ -37,13 +37,23 @@ def test_sniffing(tmp_path: Path, content: bytes, name: str, expected: ModelForm
 
 
 def test_formats_without_an_engine_say_what_to_do(tmp_path: Path) -> None:
-    for content, word in ((_ONNX, "onnx"), (_SAFE, "safetensors")):
-        path = tmp_path / word
-        path.write_bytes(content)
-        with pytest.raises(NotSupported) as caught:
-            open_model(path)
-        assert word in caught.value.message
-        assert "GGUF" in caught.value.hint
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(_SAFE)
+    with pytest.raises(NotSupported, match="safetensors") as caught:
+        open_model(path)
+    assert "GGUF" in caught.value.hint
+
+
+def test_an_onnx_file_alone_says_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(_ONNX)
+    with pytest.raises(InvalidModel, match=r"no tokenizer\.json") as caught:
+        open_model(path)
+    assert "folder" in caught.value.hint
+    with path.open("rb") as file, pytest.raises(InvalidModel, match="alone has no tokenizer"):
+        open_model(file.fileno())
+    with pytest.raises(InvalidModel, match=r"no model\.onnx"):
+        open_model(tmp_path / ".." / tmp_path.name / "..")
 
 
 def test_no_model_at_all(tmp_path: Path) -> None:
