@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
+from ai_assistant.cli import pull, suggest
 from ai_assistant.cli.group import Command
 from ai_assistant.cli.options import Debug, Json, ModelName, Yes, confirm, is_path, usage_error
 from ai_assistant.cli.output import Output, follow, number, size
 
-app = typer.Typer(help="List, import, load and remove models.", no_args_is_help=True, rich_markup_mode=None)
+
+app = typer.Typer(help="List, get, load and remove models.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("list", cls=Command)
@@ -116,6 +118,10 @@ def import_model(
         out.document({"name": given})
     else:
         out.line(f"imported {given}; try it with: ai-assistant run {given}")
+
+
+pull.register(app)
+suggest.register(app)
 
 
 @app.command("remove", cls=Command)
