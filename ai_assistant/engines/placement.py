@@ -29,19 +29,23 @@ def usable(slot: Slot, prompt: Tokens, *, whole: bool) -> int:
 def pick(slots: Sequence[Slot], prompt: Tokens, *, whole: bool) -> Slot:
     """The free slot for a prompt; there must be one.
 
-    First the one of which it keeps most, if it keeps more than it throws away: a conversation goes on. A short
-    beginning that many share, such as a system prompt, is copied rather than the rest of a conversation lost.
-    Then a slot beside a running sequence, since the library decodes neighbours in one pass; then an empty
-    one; then the one that was idle longest.
+    First the one of which it keeps most, if it throws next to nothing away, or less than it keeps and no slot is
+    empty: a conversation goes on. A beginning that many share, such as a system prompt, is rather copied. Then a
+    slot beside a running sequence, since the library decodes neighbours in one pass; then an empty one; then the
+    one that was idle longest.
     """
+
+    free = [each for each in slots if each.task is None]
+    empty = any(each.length == 0 for each in free)
 
     def fitness(slot: Slot) -> tuple[int, bool, bool, float]:
         kept = usable(slot, prompt, whole=whole)
         beside = any(each.task is not None and abs(each.id - slot.id) == 1 for each in slots)
-        goes_on = kept >= _WORTH_KEEPING and kept >= slot.length - kept
+        lost = slot.length - kept
+        goes_on = kept >= _WORTH_KEEPING and (lost <= WORTH or (lost <= kept and not empty))
         return kept if goes_on else 0, beside, slot.length == 0, -slot.used
 
-    return max((each for each in slots if each.task is None), key=fitness)
+    return max(free, key=fitness)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class Scheduler:
         self._context_length = context_length
         self._max_queued = max_queued
         self._slots = [Slot(number, context_length) for number in range(sequences)]
-        self._spill = spill or SpillStore(0)
+        self._spill = SpillStore(0) if spill is None else spill
         self._caches = Caches(context, self._slots, self._spill)
         self._speculation = speculation
         self._batch = Batch(batch_tokens)

@@ -33,7 +33,7 @@ def outputs_ahead(vocabulary: int, sequences: int) -> int:
 
 
 def lookup(history: Tokens, count: int) -> Tokens:
-    """What followed the last time that the history ended like this: up to `count` tokens, perhaps none."""
+    """What followed the last time that the history ended like this: `count` tokens, or none."""
     history = history[-_WINDOW:]
     for length in range(_LONGEST_NGRAM, _SHORTEST_NGRAM - 1, -1):
         if len(history) <= length:
@@ -44,11 +44,8 @@ def lookup(history: Tokens, count: int) -> Tokens:
                 break
             ends = ends[history[ends + length - back] == history[-back]]
         if len(ends):
-            # The latest that has enough behind it; repetitions overlap themselves.
-            starts = ends + length
-            enough = starts[starts + count <= len(history)]
-            start = int(enough[-1] if len(enough) else starts[0])
-            return history[start : start + count]
+            # What ends in the middle of a repetition goes on with it.
+            return np.resize(history[int(ends[-1]) + length :], count)
     return history[:0]
 
 
