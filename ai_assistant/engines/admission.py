@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from ai_assistant.engines.contract import Priority
-from ai_assistant.engines.task import Task
+from ai_assistant.engines.task import Slot, Task
 
 OVERTAKING = 4
 """Interactive tasks that go before a waiting batch task until it is its turn."""
@@ -83,12 +83,25 @@ def expected_starts(running_s: Sequence[float], waiting_s: Sequence[float]) -> l
     return starts
 
 
-def shares(wanted: Sequence[int], room: int) -> list[int]:
-    """Divide `room` tokens evenly among prompts that want so many each; what one does not need the others get."""
-    given = [0] * len(wanted)
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
-    for position, index in enumerate(order):
-        part = room // (len(order) - position)
-        given[index] = min(wanted[index], part)
-        room -= given[index]
-    return given
+def expected_seconds(
+    waiting: Sequence[Task], slots: Sequence[Slot], *, reading: float, writing: float, usual: float | None
+) -> list[float] | None:
+    """When each of those who wait gets a slot, in seconds from now; None before anything was measured.
+
+    Args:
+        reading, writing: tokens per second, all sequences together.
+        usual: tokens of an answer, of those before.
+    """
+    if not reading or not writing:
+        return None
+    each_writes = writing / max(1, sum(each.task is not None for each in slots))
+
+    def left(task: Task, unread: int) -> float:
+        # Answers rarely use what they may; those before say how much.
+        limit = task.limit if usual is None or task.ignore_end else min(task.limit, max(usual, task.produced + 1))
+        return unread / reading + max(0.0, limit - task.produced) / each_writes
+
+    running = [
+        0.0 if each.task is None else left(each.task, max(0, len(each.task.prompt) - each.length)) for each in slots
+    ]
+    return expected_starts(running, [left(each, len(each.prompt)) for each in waiting])

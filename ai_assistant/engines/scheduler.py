@@ -7,23 +7,23 @@ long prompt stops the others nor the first of many prompts the rest.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from pathlib import Path
 
-from ai_assistant.engines.admission import Line, expected_starts, shares
+from ai_assistant.engines.admission import Line, expected_seconds
 from ai_assistant.engines.batch import Batch, Tokens
 from ai_assistant.engines.caches import Caches
 from ai_assistant.engines.context import Context
-from ai_assistant.engines.contract import Chunk, EngineStats, FinishReason, Priority, Queued, TokenLogprob
+from ai_assistant.engines.contract import Chunk, EngineStats, FinishReason, Queued, TokenLogprob
 from ai_assistant.engines.native import last_messages
 from ai_assistant.engines.placement import WORTH, leader_of, pick
 from ai_assistant.engines.rates import Mean, Rate
 from ai_assistant.engines.sampling import logprobs_of
+from ai_assistant.engines.shares import prompt_parts, step_room
 from ai_assistant.engines.speculation import Speculation, first_reach, next_reach
 from ai_assistant.engines.spill import SpillStore
 from ai_assistant.engines.task import Slot, Task
+from ai_assistant.engines.trimming import Wish, resident_bytes
 from ai_assistant.engines.vocabulary import Vocabulary
 from ai_assistant.errors import AIAssistantError, Busy, Cancelled, InternalError, InvalidModel
 
@@ -36,11 +36,6 @@ _HANDOVER_S = 0.001
 # client) would otherwise wait a scheduler's slice, 3–5 ms, behind the threads of the next step. Once per generation.
 _TELL_S = 1.0
 """Least time between two things that somebody who waits is told."""
-_STEP_S, _STEP_ALONE_S = 0.3, 1.0
-"""How long reading prompts may make a step: beside sequences that write, and otherwise. It is also how long a
-cancellation or a newcomer waits."""
-_LEAST_STEP, _LEAST_STEP_ALONE = 32, 128
-"""Prompt tokens of a step however slow the model is; with fewer, reading itself gets slower."""
 _RATED = 16
 """Prompt tokens from which a step says something about the speed of reading."""
 
@@ -83,7 +78,7 @@ class Scheduler:
         self._wake = threading.Condition()
         self._closing = False
         self._broken: AIAssistantError | None = None
-        self._trimming: list[_Trim] = []
+        self._trimming: list[Wish] = []
         self._admitted = 0
         self._running = 0
         self._reading = Rate()
@@ -116,7 +111,7 @@ class Scheduler:
 
     def trim(self) -> int:
         """Drop spilled states in memory, and the whole context if nothing runs. Returns bytes freed."""
-        wish = _Trim()
+        wish = Wish()
         with self._wake:
             if self._broken is not None or self._closing:
                 return 0
@@ -276,30 +271,13 @@ class Scheduler:
             waiting = list(self._line)
         if all(task.told >= 0 and now - task.told_at < _TELL_S for task in waiting):
             return
-        starts = self._expected(waiting)
+        starts = expected_seconds(
+            waiting, self._slots, reading=self._reading.per_s, writing=self._writing.per_s, usual=self._answer.value
+        )
         for position, task in enumerate(waiting):
             if task.told != position and (task.told < 0 or now - task.told_at >= _TELL_S):
                 task.told, task.told_at = position, now
                 task.events.put(Queued(position, None if starts is None else round(starts[position], 3)))
-
-    def _expected(self, waiting: list[Task]) -> list[float] | None:
-        """Seconds until each of them gets a sequence; None before anything was measured."""
-        reading, writing = self._reading.per_s, self._writing.per_s
-        if not reading or not writing:
-            return None
-        each_writes = writing / max(1, self.running)
-        usual = self._answer.value
-
-        def left(task: Task, unread: int) -> float:
-            # Answers rarely use what they may; those before say how much.
-            limit = task.limit if usual is None or task.ignore_end else min(task.limit, max(usual, task.produced + 1))
-            return unread / reading + max(0.0, limit - task.produced) / each_writes
-
-        running = [
-            0.0 if each.task is None else left(each.task, max(0, len(each.task.prompt) - each.length))
-            for each in self._slots
-        ]
-        return expected_starts(running, [left(each, len(each.prompt)) for each in waiting])
 
     def _release(self, slot: Slot) -> Task:
         task = slot.task
@@ -332,7 +310,7 @@ class Scheduler:
             for index, slot in enumerate(writing):
                 self._add_writer(slot, None if guesses is None else guesses[index])
         else:
-            parts = self._parts(reading, bool(writing), len(writing))
+            parts = prompt_parts(reading, step_room(batch.size, len(writing), self._reading.per_s))
             # In the order of their numbers: see Batch.
             for slot in self._slots:
                 if slot in parts:
@@ -340,27 +318,6 @@ class Scheduler:
                 elif slot in writing:
                     self._add_writer(slot, None)
         return batch.count > 0
-
-    def _parts(self, reading: list[Slot], beside: bool, taken: int) -> dict[Slot, int]:
-        """How many tokens of which prompt are read in this step."""
-        size = self._batch.size
-        rate = self._reading.per_s
-        if rate:
-            seconds, least = (_STEP_S, _LEAST_STEP) if beside else (_STEP_ALONE_S, _LEAST_STEP_ALONE)
-            size = min(size, max(least, int(rate * seconds)))
-        room = min(size, self._batch.size - taken)
-        parts: dict[Slot, int] = {}
-        interactive = [each for each in reading if each.task is not None and each.task.priority != Priority.BATCH]
-        batch = [each for each in reading if each not in interactive]
-        # Batch prompts take what interactive ones leave, but an eighth at least: they shall end some day.
-        least = min(max(1, room // 8), room - len(interactive)) if batch and interactive else 0
-        for group, portion in ((interactive, room - max(0, least)), (batch, room)):
-            left = portion if group is interactive else room - sum(parts.values())
-            wanted = [len(each.task.prompt) - each.length for each in group if each.task is not None]
-            for slot, count in zip(group, shares(wanted, left), strict=True):
-                if count > 0:
-                    parts[slot] = count
-        return parts
 
     def _guess(self, writing: list[Slot]) -> list[Tokens] | None:
         room, wanted = self._batch.size // len(writing) - 1, []
@@ -508,7 +465,7 @@ class Scheduler:
     def _trim(self) -> None:
         with self._wake:
             wishes, self._trimming = self._trimming, []
-        before = _resident_bytes()
+        before = resident_bytes()
         idle = not self.running and not len(self._line)
         if idle and self._context.is_open:
             self._caches.put_all_aside()
@@ -517,24 +474,7 @@ class Scheduler:
             if self._speculation is not None:
                 self._speculation.trim()
         self._spill.clear_memory()
-        freed = max(0, before - _resident_bytes())
+        freed = max(0, before - resident_bytes())
         for wish in wishes:
             wish.freed = freed
             wish.done.set()
-
-
-class _Trim:
-    """Somebody waits for memory."""
-
-    __slots__ = ("done", "freed")
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.freed = 0
-
-
-def _resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from ai_assistant.engines.admission import OVERTAKING, Line, expected_starts, shares
+from ai_assistant.engines.admission import OVERTAKING, Line, expected_starts
+from ai_assistant.engines.shares import shares, step_room
 from ai_assistant.engines.task import Task
 from tests.support import fake_context
 
@@ -81,3 +82,13 @@ def test_shares_of_a_step() -> None:
 def test_when_those_who_wait_may_begin() -> None:
     assert expected_starts([5.0, 2.0], [10.0, 1.0, 1.0]) == [2.0, 5.0, 6.0]
     assert expected_starts([0.0], []) == []
+
+
+def test_reading_takes_no_longer_than_others_can_wait() -> None:
+    assert step_room(512, 0, 0.0) == 512
+    assert step_room(512, 4, 0.0) == 508
+    assert step_room(512, 4, 200.0) == 60
+    assert step_room(512, 0, 200.0) == 200
+    assert step_room(512, 4, 1.0) == 32
+    assert step_room(512, 0, 1.0) == 128
+    assert step_room(8, 8, 1.0) == 0
