@@ -91,6 +91,24 @@ class Manager:
         path = await self._find(name)
         await (await self.bus()).call("Remove", path=path, interface=_bus.MODEL)
 
+    async def pin(self, name: str, pinned: bool) -> None:
+        path = await self._find(name)
+        await (await self.bus()).call("Pin" if pinned else "Unpin", path=path, interface=_bus.MODEL)
+
+    async def drain(self, name: str) -> str:
+        path = await self._find(name)
+        job: str = (await (await self.bus()).call("Drain", path=path, interface=_bus.MODEL))[0]
+        return job
+
+    async def estimate(self, name: str, context_length: int, sequences: int) -> dict[str, int]:
+        path = await self._find(name)
+        asked = {"context_length": context_length, "sequences": sequences}
+        options = {key: Variant("u", value) for key, value in asked.items() if value}
+        found: dict[str, int] = (
+            await (await self.bus()).call("Estimate", "a{sv}", options, path=path, interface=_bus.MODEL)
+        )[0]
+        return found
+
     async def self_test(self) -> list[SelfTestResult]:
         rows = (await (await self.bus()).call("SelfTest"))[0]
         return [SelfTestResult(name, ok, detail) for name, ok, detail in rows]

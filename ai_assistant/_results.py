@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypedDict
 
@@ -130,6 +130,12 @@ _MODEL_PROPERTIES = {
 _ENDED = frozenset({"done", "failed", "cancelled"})
 
 
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """The parts of that estimate, in bytes."""
+    resident_bytes: int = 0
+    """What was set aside for it; 0 unless it is loaded."""
+    pinned: bool = False
+    capabilities: Sequence[str] = ()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStatus:
     """A look at a long piece of work. `progress` runs from 0 to 1."""
@@ -153,6 +159,10 @@ class JobStatus:
         """From the bus properties of org.ai_assistant1.Job."""
         state = str(properties.get("State", "queued"))
         message = str(properties.get("Message", ""))
+    "Memory": "memory",
+    "ResidentBytes": "resident_bytes",
+    "Pinned": "pinned",
+    "Capabilities": "capabilities",
         name, text = [*properties.get("Error", ()), "", ""][:2]
         error: AIAssistantError | None = None
         if name or state == "failed":

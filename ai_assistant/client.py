@@ -264,6 +264,18 @@ class Client:
 
     def stream(self, prompt: Messages, *, model: str | None = None, **params: Unpack[GenerateParams]) -> TextStream:
         """Text as it is generated: a string is a raw prompt, a list of messages a conversation."""
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep a model in memory once it is loaded, over restarts, or no longer."""
+        self._run("pin", name, pinned)
+
+    def drain(self, name: str) -> Job:
+        """Take no more requests for a model, let those that run finish, then unload it."""
+        return Job(self, self._run("drain", name))
+
+    def estimate(self, name: str, *, context_length: int = 0, sequences: int = 0) -> dict[str, int]:
+        """What loading a model takes, in bytes; the keys are those of Memory in docs/dbus.md."""
+        return dict(self._run("estimate", name, context_length, sequences))
+
         make = prompt_request if isinstance(prompt, str) else chat_request
         return self.start(make(prompt, params), model=model)  # type: ignore[arg-type]
 
@@ -445,3 +457,12 @@ def _result(status: JobStatus | None) -> JobStatus:
     if status.error is not None:
         raise status.error
     return status
+    async def pin(self, name: str, pinned: bool = True) -> None:
+        await self._manager.pin(name, pinned)
+
+    async def drain(self, name: str) -> AsyncJob:
+        return AsyncJob(self._manager, await self._manager.drain(name))
+
+    async def estimate(self, name: str, *, context_length: int = 0, sequences: int = 0) -> dict[str, int]:
+        return await self._manager.estimate(name, context_length, sequences)
+

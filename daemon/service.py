@@ -420,6 +420,21 @@ class DaemonService:
         entry = self.registry.get(name)
         if not force and self.residency.busy(entry.name):
             raise Busy(f"{entry.name} is in use", hint="wait until it has answered")
+    def start_drain(self, name: str, owner: str, uid: int) -> Job:
+        """Drain a model as a job.
+
+        Raises:
+            NoSuchModel, Busy
+        """
+        entry = self._entry(name)
+
+        async def work(job: Job) -> Mapping[str, Any]:
+            job.report(0.0, f"draining {entry.name}")
+            await self.residency.drain(entry.name, self.config.models_drain_timeout_s)
+            return {"name": entry.name}
+
+        return self.jobs.start("drain", owner, uid, work)
+
         grave = self.registry.remove(entry.name)
         log.info("removed %s", entry.name, extra={"MODEL": entry.name})
         self.on_removed(entry.name)

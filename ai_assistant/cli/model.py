@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ai_assistant.cli import pull, suggest
+from ai_assistant.cli import memory, pull, suggest
 from ai_assistant.cli.group import Command
 from ai_assistant.cli.options import Debug, Json, ModelName, Yes, confirm, is_path, usage_error
 from ai_assistant.cli.output import Output, follow, number, size
 
+if TYPE_CHECKING:
+    from ai_assistant._results import Model
 
 app = typer.Typer(help="List, get, load and remove models.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -38,15 +40,18 @@ def list_models(context: typer.Context, json: Json = False, debug: Debug = False
     if not found:
         out.note("there are no models: import one with ai-assistant model import FILE")
     out.table(
-        ("name", "state", "size", "parameters", "quantization", "context"),
+        ("name", "state", "size", "parameters", "quantization", "context", "memory"),
         [
             (
                 each.name,
-                each.state + (" (built in)" if each.builtin else " (transient)" if each.transient else ""),
+                each.state
+                + (" (built in)" if each.builtin else " (transient)" if each.transient else "")
+                + (" (pinned)" if each.pinned else ""),
                 size(each.size_bytes),
                 number(each.parameters),
                 each.quantization or "-",
                 str(each.context_length),
+                size(each.resident_bytes or each.memory_estimate_bytes),
             )
             for each in found
         ],
@@ -80,13 +85,20 @@ def show(context: typer.Context, model: ModelName, json: Json = False, debug: De
         ("quantization", found.quantization or "-"),
         ("context", f"{found.context_length} tokens"),
         ("file", size(found.size_bytes)),
-        ("memory", f"about {size(found.memory_estimate_bytes)} when loaded"),
+        ("memory", _memory(found)),
+        ("pinned", "yes" if found.pinned else "no"),
     ]
     if found.created:
         pairs.append(("since", f"{datetime.fromtimestamp(found.created).astimezone():%Y-%m-%d %H:%M}"))
     if found.error:
         pairs.append(("error", found.error))
     out.fields(pairs)
+
+
+def _memory(found: Model) -> str:
+    if found.resident_bytes:
+        return f"{size(found.resident_bytes)} set aside"
+    return f"about {size(found.memory_estimate_bytes)} when loaded"
 
 
 @app.command("import", cls=Command)
@@ -120,6 +132,7 @@ def import_model(
         out.line(f"imported {given}; try it with: ai-assistant run {given}")
 
 
+memory.register(app)
 pull.register(app)
 suggest.register(app)
 

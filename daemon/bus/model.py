@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dbus_fast import Variant
+
 from ai_assistant.daemon.authority import Authority
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.service import DaemonService
+from ai_assistant.engines.memory import MemoryEstimate
 from ai_assistant.errors import InvalidArgument
 from ai_assistant.services.connection import Call
 from ai_assistant.services.values import plain
@@ -20,6 +23,10 @@ def no_options(options: Mapping[str, Any]) -> None:
     """Raise InvalidArgument for any option: there are none yet, and one that is ignored would mislead."""
     for key in options:
         raise InvalidArgument(f"unknown option {key[:80]!r}", param=key[:80])
+
+
+def _sizes(estimate: MemoryEstimate) -> dict[str, Variant]:
+    return {key: Variant("t", value) for key, value in estimate.to_dict().items()}
 
 
 class ModelObject:
@@ -42,6 +49,10 @@ class ModelObject:
             "Quantization": record.quantization,
             "ContextLength": record.context_length,
             "MemoryEstimateBytes": record.memory_estimate_bytes,
+            "Memory": _sizes(record.memory),
+            "ResidentBytes": record.resident_bytes or 0,
+            "Pinned": record.pinned,
+            "Capabilities": list(record.capabilities),
             "Builtin": record.builtin,
             "Transient": record.transient,
             "Created": record.created,
@@ -57,6 +68,27 @@ class ModelObject:
         if not self._owned_by(call):
             await self._authority.require(call, Scope.UNLOAD)
         await self._service.unload(self._name)
+
+    async def pin(self, call: Call) -> None:
+        await self._pin(call, True)
+
+    async def unpin(self, call: Call) -> None:
+        await self._pin(call, False)
+
+    async def _pin(self, call: Call, pinned: bool) -> None:
+        await self._authority.require(call, Scope.UNLOAD)
+        await self._service.pin(self._name, pinned)
+
+    async def drain(self, call: Call) -> str:
+        uid = await self._authority.require(call, Scope.UNLOAD)
+        return self._job_path(self._service.start_drain(self._name, call.sender, uid))
+
+    async def estimate(self, call: Call, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        await self._authority.uid(call.sender)
+        values = plain(options)
+        context_length, sequences = values.pop("context_length", 0), values.pop("sequences", 0)
+        no_options(values)
+        return _sizes(self._service.estimate(self._name, context_length, sequences))
 
     async def remove(self, call: Call) -> None:
         if not self._owned_by(call):

@@ -120,6 +120,23 @@ def test_load_and_unload(cli: Cli, daemon: Scripted) -> None:
     assert cli("model", "unload", "assistant").out == "assistant:1 is unloaded\n"
 
 
+def test_pin_and_drain(cli: Cli, daemon: Scripted) -> None:
+    assert cli("model", "pin", "assistant").out == "assistant:1 is pinned\n"
+    assert "(pinned)" in cli("model", "list").out
+    assert cli("model", "unpin", "assistant", "--json").json["pinned"] is False
+    ending = finish(daemon)
+    result = cli("model", "drain", "assistant")
+    ending.join()
+    assert (result.status, result.out) == (0, "assistant:1 is unloaded\n")
+    assert cli("model", "pin", "nobody").status == 1
+
+
+def test_estimate(cli: Cli, daemon: Scripted) -> None:
+    assert cli("model", "estimate", "assistant", "--context", "4096", "--json").json["kv_bytes"] == 4_096_000
+    assert "total" in cli("model", "estimate", "assistant").out
+    assert cli("model", "estimate", "assistant", "--context", "-1").status == 2
+
+
 def test_remove_asks_and_without_a_terminal_refuses(cli: Cli, daemon: Scripted) -> None:
     refused = cli("model", "remove", "writer")
     assert refused.status == 2

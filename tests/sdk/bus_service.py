@@ -67,6 +67,12 @@ def broker(folder: Path) -> Iterator[Broker]:
 Handler = Callable[[Message], tuple[str, list[Any]]]
 
 
+def sizes(**known: int) -> dict[str, Variant]:
+    """The parts of a memory estimate; those that are not named are 1,000,000 bytes."""
+    parts = ("weights", "repacked", "kv", "compute", "runtime", "total")
+    return {f"{part}_bytes": Variant("t", known.get(f"{part}_bytes", 1_000_000)) for part in parts}
+
+
 def model(name: str, **more: Any) -> dict[str, Variant]:
     values: dict[str, Variant] = {
         "Name": Variant("s", name),
@@ -78,6 +84,10 @@ def model(name: str, **more: Any) -> dict[str, Variant]:
         "Quantization": Variant("s", "Q8_0"),
         "ContextLength": Variant("u", 2048),
         "MemoryEstimateBytes": Variant("t", 9_000_000),
+        "Memory": Variant("a{sv}", sizes(kv_bytes=5_000_000, total_bytes=9_000_000)),
+        "ResidentBytes": Variant("t", 0),
+        "Pinned": Variant("b", False),
+        "Capabilities": Variant("as", ["generate", "embed"]),
         "Builtin": Variant("b", False),
         "Transient": Variant("b", False),
         "Created": Variant("t", 1_750_000_000),
@@ -282,6 +292,15 @@ def scripted(address: str) -> Iterator[Scripted]:
     daemon.models[f"{ROOT}/models/1"] = model("assistant:1", Builtin=Variant("b", True), State=Variant("s", "loaded"))
     daemon.models[f"{ROOT}/models/2"] = model("writer:2")
     daemon.start()
+        if member in ("Pin", "Unpin"):
+            self.models[path]["Pinned"] = Variant("b", member == "Pin")
+            return "", []
+        if member == "Drain":
+            return "o", [self._job("drain")]
+        if member == "Estimate":
+            asked = message.body[0]
+            cells = asked["context_length"].value if "context_length" in asked else 2048
+            return "a{sv}", [sizes(kv_bytes=cells * 1000)]
     try:
         yield daemon
     finally:
