@@ -73,7 +73,7 @@ class LlamaEngine:
             _check_memory(header, options)
             from ai_assistant.engines.native import load_model
 
-            model = load_model(fd, progress)
+            model = load_model(fd, progress, repack=options.repack)
         try:
             return cls(model, header, info, options, files)
         except BaseException:

@@ -123,8 +123,11 @@ def stream_of(fd: int) -> Iterator[int]:
         libc.fclose(stream)
 
 
-def load_model(fd: int, progress: Callable[[float], None] | None) -> Any:
+def load_model(fd: int, progress: Callable[[float], None] | None, *, repack: bool = True) -> Any:
     """Map a checked GGUF file's weights. Returns a model pointer for `llama_model_free`.
+
+    Args:
+        repack: copy weights into a layout that this processor multiplies faster, at the cost of their size.
 
     Raises:
         InvalidModel: the library refuses the file; its own words are in the message.
@@ -132,6 +135,7 @@ def load_model(fd: int, progress: Callable[[float], None] | None) -> Any:
     lib = library()
     parameters = lib.llama_model_default_params()
     parameters.n_gpu_layers = 0
+    parameters.use_extra_bufts = repack
     # Never MAP_POPULATE-and-lock: the kernel may drop clean weight pages under pressure.
     parameters.load_mode = getattr(lib, "LLAMA_LOAD_MODE_MMAP", 1)
     if progress is not None:

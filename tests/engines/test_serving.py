@@ -261,3 +261,12 @@ def test_sixty_four_requests_with_random_cancels_leave_nothing_behind(tiny: Path
             assert after[:2] == before[:2]
             assert after[2] - before[2] < 8 << 20
             assert engine.stats().prefix_hits > 0
+
+
+def test_weights_that_are_not_repacked_compute_the_same(tmp_path: Path) -> None:
+    path = gguf_writer.write_llama(tmp_path / "small.gguf", kind="Q8_0")
+    rows = []
+    for repack in (True, False):
+        with LlamaEngine.open(path, LoadOptions(sequences=1, threads=1, repack=repack)) as engine:
+            rows.append(_entries(engine, _HEAD, 20, ignore_eos=True)[0])
+    _assert_same(rows[0], rows[1], 0.1)
