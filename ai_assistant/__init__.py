@@ -43,6 +43,7 @@ __all__ = [
     "NotAuthorized",
     "NotSupported",
     "OutOfMemory",
+    "Ranked",
     "ResealFailed",
     "SelfTestResult",
     "ServiceUnavailable",
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from ai_assistant._results import Completion, JobStatus, Message, Model, SelfTestResult
+    from ai_assistant._results import Completion, JobStatus, Message, Model, Ranked, SelfTestResult
     from ai_assistant._streams import AsyncTextStream, TextStream
     from ai_assistant.client import AsyncClient, AsyncJob, Client, Job
     from ai_assistant.engines.contract import FinishReason, TokenLogprob, ToolCall, Usage
@@ -89,7 +90,7 @@ if TYPE_CHECKING:
     from ai_assistant.inference import AsyncInferenceEngine, InferenceEngine
 
 _HOMES = {
-    "ai_assistant._results": ("Completion", "JobStatus", "Message", "Model", "SelfTestResult"),
+    "ai_assistant._results": ("Completion", "JobStatus", "Message", "Model", "Ranked", "SelfTestResult"),
     "ai_assistant._streams": ("AsyncTextStream", "TextStream"),
     "ai_assistant.client": ("AsyncClient", "AsyncJob", "Client", "Job"),
     "ai_assistant.engines.contract": ("FinishReason", "TokenLogprob", "ToolCall", "Usage"),

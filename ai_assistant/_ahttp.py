@@ -176,9 +176,11 @@ async def call(path: str, method: str, target: str, body: Any = None, *, timeout
         exchange.close()
 
 
-async def events(exchange: Exchange) -> AsyncGenerator[Event]:
+async def events(
+    exchange: Exchange, decoder: _wire.EventDecoder | _wire.ChoicesDecoder | None = None
+) -> AsyncGenerator[Event]:
     """The answer's events; ends after `Finished`."""
-    parser, decoder = SSEParser(), _wire.EventDecoder()
+    parser, decoder = SSEParser(), decoder or _wire.EventDecoder()
     try:
         pieces = exchange.pieces()
         async for piece in pieces:

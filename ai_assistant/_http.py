@@ -132,9 +132,9 @@ def call(path: str, method: str, target: str, body: Any = None, *, timeout: floa
         exchange.close()
 
 
-def events(exchange: Exchange) -> Iterator[Event]:
+def events(exchange: Exchange, decoder: _wire.EventDecoder | _wire.ChoicesDecoder | None = None) -> Iterator[Event]:
     """The answer's events; ends after `Finished`."""
-    parser, decoder = SSEParser(), _wire.EventDecoder()
+    parser, decoder = SSEParser(), decoder or _wire.EventDecoder()
     try:
         for piece in exchange.pieces():
             for data in parser.feed(piece):

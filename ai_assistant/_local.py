@@ -6,11 +6,14 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from ai_assistant import _wire
 from ai_assistant._streams import AsyncTextStream, TextStream
 from ai_assistant._transport import check_folder, open_model_file
 from ai_assistant.engines.contract import Engine, Event, GenerateRequest, Generation, LoadOptions
+from ai_assistant.engines.usage import seeded, together
 from ai_assistant.errors import NotSupported
 
 
@@ -39,6 +42,21 @@ def load(path: str | os.PathLike[str], options: Mapping[str, Any]) -> Engine:
 def stream(engine: Engine, request: GenerateRequest, name: str) -> TextStream:
     generation = engine.generate(request)
     return TextStream(generation, generation.cancel, name)
+
+
+def several(engine: Engine, request: GenerateRequest, n: int) -> list[_wire.Answer]:
+    """`n` answers that are made side by side; each with the usage of all."""
+    generations: list[Generation] = []
+    try:
+        for each in seeded(request, n):
+            generations.append(engine.generate(each))
+        found = [_wire.answer(list(each)) for each in generations]
+    except BaseException:
+        for each_generation in generations:
+            each_generation.cancel()
+        raise
+    usage = together([each.end.usage for each in found])
+    return [replace(each, end=replace(each.end, usage=usage)) for each in found]
 
 
 async def async_stream(engine: Engine, request: GenerateRequest, name: str) -> AsyncTextStream:

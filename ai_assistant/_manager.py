@@ -41,6 +41,10 @@ class Manager:
         known: dict[str, Any] = (await (await self.bus()).call("GetStatus"))[0]
         return dict.fromkeys(STATUS_KEYS) | known
 
+    async def statistics(self) -> dict[str, Any]:
+        found: dict[str, Any] = (await (await self.bus()).call("GetStatistics"))[0]
+        return found
+
     async def models(self) -> list[Model]:
         bus = await self.bus()
         objects = (await bus.call("GetManagedObjects", interface="org.freedesktop.DBus.ObjectManager"))[0]
@@ -87,10 +91,6 @@ class Manager:
         path = await self._find(name)
         await (await self.bus()).call("Unload", path=path, interface=_bus.MODEL)
 
-    async def remove(self, name: str) -> None:
-        path = await self._find(name)
-        await (await self.bus()).call("Remove", path=path, interface=_bus.MODEL)
-
     async def pin(self, name: str, pinned: bool) -> None:
         path = await self._find(name)
         await (await self.bus()).call("Pin" if pinned else "Unpin", path=path, interface=_bus.MODEL)
@@ -108,6 +108,10 @@ class Manager:
             await (await self.bus()).call("Estimate", "a{sv}", options, path=path, interface=_bus.MODEL)
         )[0]
         return found
+
+    async def remove(self, name: str) -> None:
+        path = await self._find(name)
+        await (await self.bus()).call("Remove", path=path, interface=_bus.MODEL)
 
     async def self_test(self) -> list[SelfTestResult]:
         rows = (await (await self.bus()).call("SelfTest"))[0]

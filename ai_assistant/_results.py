@@ -12,10 +12,12 @@ from ai_assistant.errors import AIAssistantError, Cancelled, from_name
 
 
 class GenerateParams(TypedDict, total=False):
-    """The keyword arguments of every generating call: `GenerateRequest` without its `prompt` and `messages`."""
+    """The keyword arguments of every generating call: `GenerateRequest` without its `prompt` and `messages`,
+    with `regex` for its `response_regex`, and `keep_alive`: how long the daemon keeps the model loaded afterwards."""
 
     tools: list[dict[str, Any]]
     tool_choice: str
+    parallel_tool_calls: bool
     response_schema: Mapping[str, Any]
     max_tokens: int
     stop: list[str]
@@ -26,7 +28,18 @@ class GenerateParams(TypedDict, total=False):
     min_p: float
     frequency_penalty: float
     presence_penalty: float
+    typical_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    mirostat: int
+    mirostat_tau: float
+    mirostat_eta: float
+    logit_bias: Mapping[str, float]
+    priority: str
+    ignore_eos: bool
     logprobs: int
+    regex: str
+    keep_alive: float | str
 
 
 class Completion(str):
@@ -36,6 +49,8 @@ class Completion(str):
     usage: Usage
     model: str
     logprobs: tuple[TokenLogprob, ...]
+    choices: tuple[Completion, ...]
+    """All answers, where n was more than one, this first; empty otherwise."""
 
     def __new__(
         cls,
@@ -51,6 +66,7 @@ class Completion(str):
         self.usage = usage or Usage()
         self.model = model
         self.logprobs = logprobs
+        self.choices = ()
         return self
 
     @property
@@ -69,6 +85,8 @@ class Message:
     model: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     role: str = "assistant"
+    choices: tuple[Message, ...] = field(default=(), compare=False, repr=False)
+    """All answers, where n was more than one, this first; empty otherwise."""
 
     def __str__(self) -> str:
         return self.content
@@ -81,6 +99,20 @@ class Message:
                 for index, c in enumerate(self.tool_calls)
             ]
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One of the documents that were ranked: its place among those given, and how well it answers (0–1)."""
+
+    index: int
+    score: float
+
+
+def ranked(scores: Sequence[float], top_n: int | None) -> list[Ranked]:
+    """Best first."""
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    return [Ranked(index, scores[index]) for index in order[:top_n]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +130,12 @@ class Model:
     quantization: str = ""
     context_length: int = 0
     memory_estimate_bytes: int = 0
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """The parts of that estimate, in bytes."""
+    resident_bytes: int = 0
+    """What was set aside for it; 0 unless it is loaded."""
+    pinned: bool = False
+    capabilities: Sequence[str] = ()
     builtin: bool = False
     transient: bool = False
     created: int = 0
@@ -121,6 +159,10 @@ _MODEL_PROPERTIES = {
     "Quantization": "quantization",
     "ContextLength": "context_length",
     "MemoryEstimateBytes": "memory_estimate_bytes",
+    "Memory": "memory",
+    "ResidentBytes": "resident_bytes",
+    "Pinned": "pinned",
+    "Capabilities": "capabilities",
     "Builtin": "builtin",
     "Transient": "transient",
     "Created": "created",
@@ -130,12 +172,6 @@ _MODEL_PROPERTIES = {
 _ENDED = frozenset({"done", "failed", "cancelled"})
 
 
-    memory: Mapping[str, int] = field(default_factory=dict)
-    """The parts of that estimate, in bytes."""
-    resident_bytes: int = 0
-    """What was set aside for it; 0 unless it is loaded."""
-    pinned: bool = False
-    capabilities: Sequence[str] = ()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStatus:
     """A look at a long piece of work. `progress` runs from 0 to 1."""
@@ -159,10 +195,6 @@ class JobStatus:
         """From the bus properties of org.ai_assistant1.Job."""
         state = str(properties.get("State", "queued"))
         message = str(properties.get("Message", ""))
-    "Memory": "memory",
-    "ResidentBytes": "resident_bytes",
-    "Pinned": "pinned",
-    "Capabilities": "capabilities",
         name, text = [*properties.get("Error", ()), "", ""][:2]
         error: AIAssistantError | None = None
         if name or state == "failed":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ai_assistant import errors
+from ai_assistant._results import Ranked
 from ai_assistant.engines.contract import (
     Chunk,
     Event,
@@ -19,16 +21,26 @@ from ai_assistant.engines.contract import (
 )
 from ai_assistant.errors import AIAssistantError, InternalError, from_name
 
-_AS_IS = ("max_tokens", "seed", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
+_AS_IS = (
+    "max_tokens", "seed", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
+    "typical_p", "repeat_penalty", "repeat_last_n", "mirostat", "mirostat_tau", "mirostat_eta", "logit_bias",
+    "priority", "ignore_eos",
+)  # fmt: skip
 _FOREIGN = "the service answered something that this version does not understand"
 _VERSIONS = "do the SDK and the appliance have the same version? See ai-assistant version"
 
 
-def generation(model: str, request: GenerateRequest) -> tuple[str, bytes]:
+def generation(
+    model: str, request: GenerateRequest, *, n: int = 1, keep_alive: float | str | None = None
+) -> tuple[str, bytes]:
     """The target and the body of the streamed request that `request` becomes."""
     given = request.to_dict()
     body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     body.update({key: given[key] for key in _AS_IS if key in given})
+    if n != 1:
+        body["n"] = n
+    if keep_alive is not None:
+        body["keep_alive"] = keep_alive
     if request.stop:
         body["stop"] = list(request.stop)
     chat = request.messages is not None
@@ -40,6 +52,8 @@ def generation(model: str, request: GenerateRequest) -> tuple[str, bytes]:
         body["prompt"] = request.prompt
     if request.tools:
         body["tools"] = [dict(each) for each in request.tools]
+    if chat and not request.parallel_tool_calls:
+        body["parallel_tool_calls"] = False
     if "tool_choice" in given:
         fixed = request.tool_choice in ("none", "auto", "required")
         function = {"type": "function", "function": {"name": request.tool_choice}}
@@ -51,15 +65,16 @@ def generation(model: str, request: GenerateRequest) -> tuple[str, bytes]:
             if schema
             else {"type": "json_object"}
         )
+    if request.response_regex is not None:
+        body["response_format"] = {"type": "regex", "regex": request.response_regex}
     if request.logprobs is not None:
         body.update({"logprobs": True, "top_logprobs": request.logprobs} if chat else {"logprobs": request.logprobs})
     return ("/v1/chat/completions" if chat else "/v1/completions"), dump(body)
 
 
 def _refuse_chat_only(request: GenerateRequest) -> None:
-    for name in ("tools", "response_schema"):
-        if getattr(request, name) not in ((), None):
-            raise errors.NotSupported(f"{name} does not go with a raw prompt", hint="use chat", param=name)
+    if request.tools:
+        raise errors.NotSupported("tools does not go with a raw prompt", hint="use chat", param="tools")
 
 
 def dump(body: Any) -> bytes:
@@ -120,19 +135,24 @@ class EventDecoder:
                 raise InternalError("the service ended an answer without saying why", hint=_VERSIONS)
             calls = tuple(ToolCall(name, arguments) for _, (name, arguments) in sorted(self._calls.items()))
             return [Finished(self._reason, self._usage, calls)]
-        body = load(data)
+        return self.take(load(data))
+
+    def take(self, body: Any, only: int | None = None) -> list[Event]:
+        """The events in the parsed data; of one answer only, where there are several."""
         try:
-            return self._decode(body)
+            return self._decode(body, only)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InternalError(_FOREIGN, hint=_VERSIONS) from error
 
-    def _decode(self, body: Any) -> list[Event]:
+    def _decode(self, body: Any, only: int | None) -> list[Event]:
         if body.get("error"):
             raise error_from(body)
         if body.get("usage"):
             self._usage = usage_from(body["usage"])
         events: list[Event] = []
         for choice in body.get("choices") or ():
+            if only is not None and choice.get("index") != only:
+                continue
             delta = choice.get("delta") or {}
             text = delta.get("content") or choice.get("text") or ""
             for call in delta.get("tool_calls") or ():
@@ -146,6 +166,47 @@ class EventDecoder:
             if choice.get("finish_reason"):
                 self._reason = FinishReason(choice["finish_reason"])
         return events
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One of several answers to a request."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    end: Finished
+
+
+class ChoicesDecoder:
+    """Puts several answers together that come in one stream; `answers` has them when `done`."""
+
+    def __init__(self, n: int) -> None:
+        self.done = False
+        self._decoders = [EventDecoder() for _ in range(n)]
+        self._events: list[list[Event]] = [[] for _ in range(n)]
+
+    def feed(self, data: str) -> list[Event]:
+        """As `EventDecoder.feed`; gives nothing before all is there."""
+        body = None if data == "[DONE]" else load(data)
+        for index, decoder in enumerate(self._decoders):
+            if body is None:
+                self._events[index] += decoder.feed(data)
+            else:
+                self._events[index] += decoder.take(body, index)
+        self.done = body is None
+        return []
+
+    def answers(self) -> list[Answer]:
+        return [answer(each) for each in self._events]
+
+
+def answer(events: Sequence[Event]) -> Answer:
+    """All events of one answer, of which the last is `Finished`."""
+    end = events[-1]
+    assert isinstance(end, Finished)
+    chunks = [each for each in events if isinstance(each, Chunk)]
+    logprobs = tuple(token for each in chunks for token in each.logprobs)
+    return Answer("".join(each.text for each in chunks), logprobs, end)
 
 
 def usage_from(values: Mapping[str, Any]) -> Usage:
@@ -187,6 +248,29 @@ def _chat_logprob(values: Mapping[str, Any]) -> TokenLogprob:
 
 def _legacy_top(values: Mapping[str, float] | None) -> tuple[TokenLogprob, ...]:
     return tuple(TokenLogprob(token, tuple(token.encode()), logprob) for token, logprob in (values or {}).items())
+
+
+def labels_from(body: Any) -> list[list[tuple[str, float]]]:
+    """For each text its labels with their probabilities, likeliest first."""
+    try:
+        rows = sorted(body["data"], key=lambda row: row["index"])
+        return [[(str(each["label"]), float(each["score"])) for each in row["predictions"]] for row in rows]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InternalError(_FOREIGN, hint=_VERSIONS) from error
+
+
+def ranks_from(body: Any) -> list[Ranked]:
+    try:
+        return [Ranked(int(each["index"]), float(each["relevance_score"])) for each in body["results"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InternalError(_FOREIGN, hint=_VERSIONS) from error
+
+
+def member(body: Any, name: str) -> Any:
+    """What an answer of one member holds."""
+    if not isinstance(body, dict) or name not in body:
+        raise InternalError(_FOREIGN, hint=_VERSIONS)
+    return body[name]
 
 
 def vectors_from(body: Any) -> tuple[list[list[float]], int]:

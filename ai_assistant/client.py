@@ -11,6 +11,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from ai_assistant import _http, _wire
@@ -21,6 +22,7 @@ from ai_assistant._results import (
     JobStatus,
     Message,
     Model,
+    Ranked,
     SelfTestResult,
     default_model,
 )
@@ -36,6 +38,8 @@ Messages = str | Sequence[Mapping[str, Any]]
 """A conversation, or one user message."""
 
 
+MAX_CHOICES = 8
+"""Answers to one request."""
 RAW_MAX_TOKENS = 128
 """What a raw prompt gets when max_tokens is not given: raw text has no natural end."""
 
@@ -46,13 +50,48 @@ def chat_request(messages: Messages, params: Mapping[str, Any]) -> GenerateReque
         InvalidArgument: with the parameter's name.
     """
     conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    return GenerateRequest.from_dict({**params, "messages": conversation})
+    return GenerateRequest.from_dict({**_fields(params), "messages": conversation})
 
 
 def prompt_request(prompt: str, params: Mapping[str, Any]) -> GenerateRequest:
     if not isinstance(prompt, str):
         raise InvalidArgument("prompt must be a string", hint="for a conversation use chat", param="prompt")
-    return GenerateRequest.from_dict({"max_tokens": RAW_MAX_TOKENS, **params, "prompt": prompt})
+    return GenerateRequest.from_dict({"max_tokens": RAW_MAX_TOKENS, **_fields(params), "prompt": prompt})
+
+
+def _fields(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as fields of a request."""
+    fields = {key: value for key, value in params.items() if key not in ("regex", "keep_alive")}
+    if params.get("regex") is not None:
+        fields["response_regex"] = params["regex"]
+    return fields
+
+
+def check_n(n: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_CHOICES:
+        raise InvalidArgument(f"n must be between 1 and {MAX_CHOICES}", param="n")
+
+
+def completion_of(answers: Sequence[_wire.Answer], model: str) -> Completion:
+    """The first of several, which knows all."""
+    made = [
+        Completion(each.text, finish_reason=each.end.reason, usage=each.end.usage, model=model, logprobs=each.logprobs)
+        for each in answers
+    ]
+    made[0].choices = tuple(made)
+    return made[0]
+
+
+def message_of(answers: Sequence[_wire.Answer], model: str) -> Message:
+    """The first of several, which knows all."""
+    made = [
+        Message(
+            content=each.text, tool_calls=each.end.tool_calls, finish_reason=each.end.reason, usage=each.end.usage,
+            model=model, logprobs=each.logprobs,
+        )
+        for each in answers
+    ]  # fmt: skip
+    return replace(made[0], choices=tuple(made))
 
 
 def embed_body(model: str, texts: Sequence[str]) -> dict[str, Any]:
@@ -176,6 +215,10 @@ class Client:
         """The state of the machine and the daemon; the keys are listed in daemon/README.md."""
         return dict(self._run("status"))
 
+    def statistics(self) -> dict[str, Any]:
+        """What the models do; the keys are those of GetStatistics in docs/dbus.md."""
+        return dict(self._run("statistics"))
+
     def models(self) -> list[Model]:
         """All models, sorted by name; transient ones last."""
         return list(self._run("models"))
@@ -221,6 +264,18 @@ class Client:
     def unload(self, name: str) -> None:
         self._run("unload", name)
 
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep a model in memory once it is loaded, over restarts, or no longer."""
+        self._run("pin", name, pinned)
+
+    def drain(self, name: str) -> Job:
+        """Take no more requests for a model, let those that run finish, then unload it."""
+        return Job(self, self._run("drain", name))
+
+    def estimate(self, name: str, *, context_length: int = 0, sequences: int = 0) -> dict[str, int]:
+        """What loading a model takes, in bytes; the keys are those of Memory in docs/dbus.md."""
+        return dict(self._run("estimate", name, context_length, sequences))
+
     def remove(self, name: str) -> None:
         self._run("remove", name)
 
@@ -255,38 +310,51 @@ class Client:
         """The model that is meant when none is named; raises `NoSuchModel` when there is none."""
         return served_default(self.served_models())
 
-    def start(self, request: GenerateRequest, *, model: str | None = None) -> TextStream:
+    def start(
+        self, request: GenerateRequest, *, model: str | None = None, keep_alive: float | str | None = None
+    ) -> TextStream:
         """Start a generation that is already a request."""
         name = model or self.default_model()
-        target, body = _wire.generation(name, request)
+        target, body = _wire.generation(name, request, keep_alive=keep_alive)
         exchange = _http.Exchange(self._socket, "POST", target, body, self._timeout)
         return TextStream(_http.events(exchange), exchange.close, name)
 
+    def several(
+        self, request: GenerateRequest, n: int, *, model: str | None = None, keep_alive: float | str | None = None
+    ) -> tuple[list[_wire.Answer], str]:
+        """`n` answers to a request, and the model that gave them."""
+        check_n(n)
+        name = model or self.default_model()
+        target, body = _wire.generation(name, request, n=n, keep_alive=keep_alive)
+        exchange = _http.Exchange(self._socket, "POST", target, body, self._timeout)
+        decoder = _wire.ChoicesDecoder(n)
+        for _ in _http.events(exchange, decoder):
+            pass
+        return decoder.answers(), name
+
     def stream(self, prompt: Messages, *, model: str | None = None, **params: Unpack[GenerateParams]) -> TextStream:
         """Text as it is generated: a string is a raw prompt, a list of messages a conversation."""
-    def pin(self, name: str, pinned: bool = True) -> None:
-        """Keep a model in memory once it is loaded, over restarts, or no longer."""
-        self._run("pin", name, pinned)
-
-    def drain(self, name: str) -> Job:
-        """Take no more requests for a model, let those that run finish, then unload it."""
-        return Job(self, self._run("drain", name))
-
-    def estimate(self, name: str, *, context_length: int = 0, sequences: int = 0) -> dict[str, int]:
-        """What loading a model takes, in bytes; the keys are those of Memory in docs/dbus.md."""
-        return dict(self._run("estimate", name, context_length, sequences))
-
         make = prompt_request if isinstance(prompt, str) else chat_request
-        return self.start(make(prompt, params), model=model)  # type: ignore[arg-type]
+        return self.start(make(prompt, params), model=model, keep_alive=params.get("keep_alive"))  # type: ignore[arg-type]
 
-    def generate(self, prompt: str, *, model: str | None = None, **params: Unpack[GenerateParams]) -> Completion:
+    def generate(
+        self, prompt: str, *, model: str | None = None, n: int = 1, **params: Unpack[GenerateParams]
+    ) -> Completion:
         """Continue a raw prompt."""
-        with self.start(prompt_request(prompt, params), model=model) as stream:
+        request, keep = prompt_request(prompt, params), params.get("keep_alive")
+        if n != 1:
+            return completion_of(*self.several(request, n, model=model, keep_alive=keep))
+        with self.start(request, model=model, keep_alive=keep) as stream:
             return stream.completion()
 
-    def chat(self, messages: Messages, *, model: str | None = None, **params: Unpack[GenerateParams]) -> Message:
+    def chat(
+        self, messages: Messages, *, model: str | None = None, n: int = 1, **params: Unpack[GenerateParams]
+    ) -> Message:
         """The assistant's next turn; a string is one user message."""
-        with self.start(chat_request(messages, params), model=model) as stream:
+        request, keep = chat_request(messages, params), params.get("keep_alive")
+        if n != 1:
+            return message_of(*self.several(request, n, model=model, keep_alive=keep))
+        with self.start(request, model=model, keep_alive=keep) as stream:
             return stream.message()
 
     def embed(self, texts: Sequence[str], *, model: str | None = None) -> list[list[float]]:
@@ -294,6 +362,26 @@ class Client:
         body = embed_body(model or self.default_model(), texts)
         answer = _http.call(self._socket, "POST", "/v1/embeddings", body, timeout=self._timeout)
         return _wire.vectors_from(_wire.load(answer))[0]
+
+    def rerank(
+        self, query: str, documents: Sequence[str], *, model: str | None = None, top_n: int | None = None
+    ) -> list[Ranked]:
+        """The documents that answer the query best, best first; raises `NotSupported` for models that cannot."""
+        body = {"model": model or self.default_model(), "query": query, "documents": list(documents), "top_n": top_n}
+        return _wire.ranks_from(self.post("/v1/rerank", body))
+
+    def classify(self, texts: Sequence[str], *, model: str | None = None) -> list[list[tuple[str, float]]]:
+        """For each text its labels with their probabilities, likeliest first."""
+        body = {"model": model or self.default_model(), "input": list(texts)}
+        return _wire.labels_from(self.post("/v1/classify", body))
+
+    def tokenize(self, text: str, *, model: str | None = None) -> list[int]:
+        body = {"model": model or self.default_model(), "content": text}
+        return [int(each) for each in _wire.member(self.post("/tokenize", body), "tokens")]
+
+    def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        body = {"model": model or self.default_model(), "tokens": list(tokens)}
+        return str(_wire.member(self.post("/detokenize", body), "content"))
 
 
 class AsyncJob:
@@ -360,6 +448,9 @@ class AsyncClient:
     async def status(self) -> dict[str, Any]:
         return await self._manager.status()
 
+    async def statistics(self) -> dict[str, Any]:
+        return await self._manager.statistics()
+
     async def models(self) -> list[Model]:
         return await self._manager.models()
 
@@ -383,6 +474,15 @@ class AsyncClient:
 
     async def unload(self, name: str) -> None:
         await self._manager.unload(name)
+
+    async def pin(self, name: str, pinned: bool = True) -> None:
+        await self._manager.pin(name, pinned)
+
+    async def drain(self, name: str) -> AsyncJob:
+        return AsyncJob(self._manager, await self._manager.drain(name))
+
+    async def estimate(self, name: str, *, context_length: int = 0, sequences: int = 0) -> dict[str, int]:
+        return await self._manager.estimate(name, context_length, sequences)
 
     async def remove(self, name: str) -> None:
         await self._manager.remove(name)
@@ -414,31 +514,83 @@ class AsyncClient:
     async def default_model(self) -> str:
         return served_default(await self.served_models())
 
-    async def start(self, request: GenerateRequest, *, model: str | None = None) -> AsyncTextStream:
+    async def start(
+        self, request: GenerateRequest, *, model: str | None = None, keep_alive: float | str | None = None
+    ) -> AsyncTextStream:
         from ai_assistant import _ahttp
 
         name = model or await self.default_model()
-        target, body = _wire.generation(name, request)
+        target, body = _wire.generation(name, request, keep_alive=keep_alive)
         exchange = await _ahttp.Exchange.start(self._socket, "POST", target, body, self._timeout)
         return AsyncTextStream(_ahttp.events(exchange), exchange.close, name)
+
+    async def several(
+        self, request: GenerateRequest, n: int, *, model: str | None = None, keep_alive: float | str | None = None
+    ) -> tuple[list[_wire.Answer], str]:
+        """`n` answers to a request, and the model that gave them."""
+        from ai_assistant import _ahttp
+
+        check_n(n)
+        name = model or await self.default_model()
+        target, body = _wire.generation(name, request, n=n, keep_alive=keep_alive)
+        exchange = await _ahttp.Exchange.start(self._socket, "POST", target, body, self._timeout)
+        decoder = _wire.ChoicesDecoder(n)
+        async for _ in _ahttp.events(exchange, decoder):
+            pass
+        return decoder.answers(), name
 
     async def stream(
         self, prompt: Messages, *, model: str | None = None, **params: Unpack[GenerateParams]
     ) -> AsyncTextStream:
         make = prompt_request if isinstance(prompt, str) else chat_request
-        return await self.start(make(prompt, params), model=model)  # type: ignore[arg-type]
+        return await self.start(make(prompt, params), model=model, keep_alive=params.get("keep_alive"))  # type: ignore[arg-type]
 
-    async def generate(self, prompt: str, *, model: str | None = None, **params: Unpack[GenerateParams]) -> Completion:
-        async with await self.start(prompt_request(prompt, params), model=model) as stream:
+    async def generate(
+        self, prompt: str, *, model: str | None = None, n: int = 1, **params: Unpack[GenerateParams]
+    ) -> Completion:
+        request, keep = prompt_request(prompt, params), params.get("keep_alive")
+        if n != 1:
+            return completion_of(*await self.several(request, n, model=model, keep_alive=keep))
+        async with await self.start(request, model=model, keep_alive=keep) as stream:
             return await stream.completion()
 
-    async def chat(self, messages: Messages, *, model: str | None = None, **params: Unpack[GenerateParams]) -> Message:
-        async with await self.start(chat_request(messages, params), model=model) as stream:
+    async def chat(
+        self, messages: Messages, *, model: str | None = None, n: int = 1, **params: Unpack[GenerateParams]
+    ) -> Message:
+        request, keep = chat_request(messages, params), params.get("keep_alive")
+        if n != 1:
+            return message_of(*await self.several(request, n, model=model, keep_alive=keep))
+        async with await self.start(request, model=model, keep_alive=keep) as stream:
             return await stream.message()
 
     async def embed(self, texts: Sequence[str], *, model: str | None = None) -> list[list[float]]:
         body = embed_body(model or await self.default_model(), texts)
         return _wire.vectors_from(_wire.load(await self._call("POST", "/v1/embeddings", body)))[0]
+
+    async def rerank(
+        self, query: str, documents: Sequence[str], *, model: str | None = None, top_n: int | None = None
+    ) -> list[Ranked]:
+        """The documents that answer the query best, best first; raises `NotSupported` for models that cannot."""
+        body = {
+            "model": model or await self.default_model(),
+            "query": query,
+            "documents": list(documents),
+            "top_n": top_n,
+        }
+        return _wire.ranks_from(_wire.load(await self._call("POST", "/v1/rerank", body)))
+
+    async def classify(self, texts: Sequence[str], *, model: str | None = None) -> list[list[tuple[str, float]]]:
+        """For each text its labels with their probabilities, likeliest first."""
+        body = {"model": model or await self.default_model(), "input": list(texts)}
+        return _wire.labels_from(_wire.load(await self._call("POST", "/v1/classify", body)))
+
+    async def tokenize(self, text: str, *, model: str | None = None) -> list[int]:
+        body = {"model": model or await self.default_model(), "content": text}
+        return [int(each) for each in _wire.member(_wire.load(await self._call("POST", "/tokenize", body)), "tokens")]
+
+    async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        body = {"model": model or await self.default_model(), "tokens": list(tokens)}
+        return str(_wire.member(_wire.load(await self._call("POST", "/detokenize", body)), "content"))
 
 
 async def _next(changes: AsyncIterator[JobStatus]) -> JobStatus | None:
@@ -457,12 +609,3 @@ def _result(status: JobStatus | None) -> JobStatus:
     if status.error is not None:
         raise status.error
     return status
-    async def pin(self, name: str, pinned: bool = True) -> None:
-        await self._manager.pin(name, pinned)
-
-    async def drain(self, name: str) -> AsyncJob:
-        return AsyncJob(self._manager, await self._manager.drain(name))
-
-    async def estimate(self, name: str, *, context_length: int = 0, sequences: int = 0) -> dict[str, int]:
-        return await self._manager.estimate(name, context_length, sequences)
-

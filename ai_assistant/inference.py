@@ -16,11 +16,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack
 
-from ai_assistant import _local
-from ai_assistant._results import Completion, GenerateParams, Message
+from ai_assistant import _local, _wire
+from ai_assistant._results import Completion, GenerateParams, Message, Ranked, ranked
 from ai_assistant._streams import AsyncTextStream, TextStream
 from ai_assistant._transport import DEFAULT_TIMEOUT_S, START_HINT, open_model_file
-from ai_assistant.client import AsyncClient, Client, Messages, chat_request, embed_body, prompt_request, served_default
+from ai_assistant.client import (
+    AsyncClient,
+    Client,
+    Messages,
+    chat_request,
+    check_n,
+    completion_of,
+    embed_body,
+    message_of,
+    prompt_request,
+    served_default,
+)
 from ai_assistant.engines.contract import Engine, GenerateRequest
 from ai_assistant.errors import AIAssistantError, InvalidArgument, NoSuchModel, NotAuthorized, ServiceUnavailable
 
@@ -160,14 +171,24 @@ class InferenceEngine:
         """The model's name; for a file in this process, what the file calls itself."""
         return self._name
 
-    def _start(self, request: GenerateRequest) -> TextStream:
+    def _start(self, request: GenerateRequest, keep_alive: float | str | None = None) -> TextStream:
         if self._engine is not None:
             return _local.stream(self._engine, request, self._name)
         if self._client is None:
             raise InvalidArgument(_CLOSED)
-        return self._client.start(request, model=self._name)
+        return self._client.start(request, model=self._name, keep_alive=keep_alive)
 
-    def generate(self, prompt: str, **params: Unpack[GenerateParams]) -> Completion:
+    def _several(
+        self, request: GenerateRequest, n: int, keep_alive: float | str | None
+    ) -> tuple[list[_wire.Answer], str]:
+        check_n(n)
+        if self._engine is not None:
+            return _local.several(self._engine, request, n), self._name
+        if self._client is None:
+            raise InvalidArgument(_CLOSED)
+        return self._client.several(request, n, model=self._name, keep_alive=keep_alive)
+
+    def generate(self, prompt: str, *, n: int = 1, **params: Unpack[GenerateParams]) -> Completion:
         """Continue a raw prompt; the result is a `str` with `usage` and `finish_reason`.
 
         Raises:
@@ -176,7 +197,10 @@ class InferenceEngine:
             Busy: the queue is full.
             WorkerCrashed, ServiceUnavailable, Timeout: the daemon or its worker failed meanwhile.
         """
-        with self._start(prompt_request(prompt, params)) as stream:
+        request, keep = prompt_request(prompt, params), params.get("keep_alive")
+        if n != 1:
+            return completion_of(*self._several(request, n, keep))
+        with self._start(request, keep) as stream:
             return stream.completion()
 
     def stream(self, prompt: Messages, **params: Unpack[GenerateParams]) -> TextStream:
@@ -185,12 +209,15 @@ class InferenceEngine:
         Closing or dropping the stream cancels the generation. Errors as for `generate`.
         """
         if isinstance(prompt, str):
-            return self._start(prompt_request(prompt, params))
-        return self._start(chat_request(prompt, params))
+            return self._start(prompt_request(prompt, params), params.get("keep_alive"))
+        return self._start(chat_request(prompt, params), params.get("keep_alive"))
 
-    def chat(self, messages: Messages, **params: Unpack[GenerateParams]) -> Message:
+    def chat(self, messages: Messages, *, n: int = 1, **params: Unpack[GenerateParams]) -> Message:
         """The assistant's next turn, with its `tool_calls`; a string is one user message. Errors as for `generate`."""
-        with self._start(chat_request(messages, params)) as stream:
+        request, keep = chat_request(messages, params), params.get("keep_alive")
+        if n != 1:
+            return message_of(*self._several(request, n, keep))
+        with self._start(request, keep) as stream:
             return stream.message()
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
@@ -204,6 +231,38 @@ class InferenceEngine:
         if self._client is None:
             raise InvalidArgument(_CLOSED)
         return self._client.embed(texts, model=self._name)
+
+    def rerank(self, query: str, documents: Sequence[str], *, top_n: int | None = None) -> list[Ranked]:
+        """The documents that answer the query best, best first; raises `NotSupported` for models that cannot."""
+        if self._engine is not None:
+            return ranked(self._engine.rerank(query, list(documents))[0], top_n)
+        if self._client is None:
+            raise InvalidArgument(_CLOSED)
+        return self._client.rerank(query, documents, top_n=top_n, model=self._name)
+
+    def classify(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
+        """For each text its labels with their probabilities, likeliest first."""
+        if self._engine is not None:
+            return self._engine.classify(list(texts))[0]
+        if self._client is None:
+            raise InvalidArgument(_CLOSED)
+        return self._client.classify(texts, model=self._name)
+
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        if self._engine is not None:
+            return self._engine.tokenize(text)
+        if self._client is None:
+            raise InvalidArgument(_CLOSED)
+        return self._client.tokenize(text, model=self._name)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; what is no whole character is U+FFFD."""
+        if self._engine is not None:
+            return self._engine.detokenize(list(tokens))
+        if self._client is None:
+            raise InvalidArgument(_CLOSED)
+        return self._client.detokenize(tokens, model=self._name)
 
     def close(self) -> None:
         """Free the model; idempotent. A model that the daemon knows by name stays loaded there."""
@@ -321,27 +380,43 @@ class AsyncInferenceEngine:
         """The model's name; empty before the default model is known."""
         return self._name
 
-    async def _start(self, request: GenerateRequest) -> AsyncTextStream:
+    async def _start(self, request: GenerateRequest, keep_alive: float | str | None = None) -> AsyncTextStream:
         await self.open()
         if self._engine is not None:
             return await _local.async_stream(self._engine, request, self._name)
         assert self._client is not None
-        return await self._client.start(request, model=self._name)
+        return await self._client.start(request, model=self._name, keep_alive=keep_alive)
 
-    async def generate(self, prompt: str, **params: Unpack[GenerateParams]) -> Completion:
+    async def _several(
+        self, request: GenerateRequest, n: int, keep_alive: float | str | None
+    ) -> tuple[list[_wire.Answer], str]:
+        check_n(n)
+        await self.open()
+        if self._engine is not None:
+            return await asyncio.to_thread(_local.several, self._engine, request, n), self._name
+        assert self._client is not None
+        return await self._client.several(request, n, model=self._name, keep_alive=keep_alive)
+
+    async def generate(self, prompt: str, *, n: int = 1, **params: Unpack[GenerateParams]) -> Completion:
         """Continue a raw prompt."""
-        async with await self._start(prompt_request(prompt, params)) as stream:
+        request, keep = prompt_request(prompt, params), params.get("keep_alive")
+        if n != 1:
+            return completion_of(*await self._several(request, n, keep))
+        async with await self._start(request, keep) as stream:
             return await stream.completion()
 
     async def stream(self, prompt: Messages, **params: Unpack[GenerateParams]) -> AsyncTextStream:
         """`async for text in await engine.stream(…)`: a string is a raw prompt, a list a conversation."""
         if isinstance(prompt, str):
-            return await self._start(prompt_request(prompt, params))
-        return await self._start(chat_request(prompt, params))
+            return await self._start(prompt_request(prompt, params), params.get("keep_alive"))
+        return await self._start(chat_request(prompt, params), params.get("keep_alive"))
 
-    async def chat(self, messages: Messages, **params: Unpack[GenerateParams]) -> Message:
+    async def chat(self, messages: Messages, *, n: int = 1, **params: Unpack[GenerateParams]) -> Message:
         """The assistant's next turn; a string is one user message."""
-        async with await self._start(chat_request(messages, params)) as stream:
+        request, keep = chat_request(messages, params), params.get("keep_alive")
+        if n != 1:
+            return message_of(*await self._several(request, n, keep))
+        async with await self._start(request, keep) as stream:
             return await stream.message()
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
@@ -352,6 +427,38 @@ class AsyncInferenceEngine:
             return (await asyncio.to_thread(self._engine.embed, body["input"]))[0]
         assert self._client is not None
         return await self._client.embed(texts, model=self._name)
+
+    async def rerank(self, query: str, documents: Sequence[str], *, top_n: int | None = None) -> list[Ranked]:
+        """The documents that answer the query best, best first; raises `NotSupported` for models that cannot."""
+        await self.open()
+        if self._engine is not None:
+            return ranked((await asyncio.to_thread(self._engine.rerank, query, list(documents)))[0], top_n)
+        assert self._client is not None
+        return await self._client.rerank(query, documents, top_n=top_n, model=self._name)
+
+    async def classify(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
+        """For each text its labels with their probabilities, likeliest first."""
+        await self.open()
+        if self._engine is not None:
+            return (await asyncio.to_thread(self._engine.classify, list(texts)))[0]
+        assert self._client is not None
+        return await self._client.classify(texts, model=self._name)
+
+    async def tokenize(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        await self.open()
+        if self._engine is not None:
+            return await asyncio.to_thread(self._engine.tokenize, text)
+        assert self._client is not None
+        return await self._client.tokenize(text, model=self._name)
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; what is no whole character is U+FFFD."""
+        await self.open()
+        if self._engine is not None:
+            return await asyncio.to_thread(self._engine.detokenize, list(tokens))
+        assert self._client is not None
+        return await self._client.detokenize(tokens, model=self._name)
 
     async def aclose(self) -> None:
         """Free the model; idempotent."""

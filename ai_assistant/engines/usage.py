@@ -1,10 +1,19 @@
-"""What several answers to one prompt have cost together."""
+"""Several answers to one prompt: what each is asked with, and what they cost together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from ai_assistant.engines.contract import Usage
+from ai_assistant.engines.contract import GenerateRequest, Usage
+
+
+def seeded(request: GenerateRequest, n: int) -> list[GenerateRequest]:
+    """The request for each answer: with a seed given, each has its own, so that they differ and can be had again."""
+    if request.seed is None:
+        return [request] * n
+    # Beyond the largest seed come the negative ones.
+    return [replace(request, seed=(request.seed + k + 2**63) % 2**64 - 2**63) for k in range(n)]
 
 
 def together(usages: Sequence[Usage]) -> Usage:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 
 from ai_assistant.engines.contract import Event, GenerateRequest
+from ai_assistant.engines.usage import seeded
 
 Numbered = tuple[int, Event]
 """An event, and which answer it belongs to, from 0."""
@@ -15,15 +15,6 @@ Start = Callable[[GenerateRequest], AsyncGenerator[Event]]
 
 _AHEAD = 16
 """Events of each answer that wait to be written before its generation is not asked for more."""
-_SEEDS = 2**64
-
-
-def requests(request: GenerateRequest, n: int) -> list[GenerateRequest]:
-    """The request for each answer: with a seed given, each has its own, so that they differ and can be had again."""
-    if request.seed is None:
-        return [request] * n
-    # Beyond the largest seed come the negative ones.
-    return [replace(request, seed=(request.seed + k + 2**63) % _SEEDS - 2**63) for k in range(n)]
 
 
 async def numbered(start: Start, request: GenerateRequest, n: int) -> AsyncGenerator[Numbered]:
@@ -38,7 +29,7 @@ async def numbered(start: Start, request: GenerateRequest, n: int) -> AsyncGener
             async for event in events:
                 yield 0, event
         return
-    async with aclosing(_side_by_side([start(each) for each in requests(request, n)])) as merged:
+    async with aclosing(_side_by_side([start(each) for each in seeded(request, n)])) as merged:
         async for pair in merged:
             yield pair
 

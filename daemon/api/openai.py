@@ -84,6 +84,7 @@ def parse_chat(body: Mapping[str, Any]) -> tuple[str, GenerateRequest, StreamOpt
     if found:
         values["tools"] = found
         values["tool_choice"] = choice
+        values["parallel_tool_calls"] = params.flag(body, "parallel_tool_calls", default=True)
     stream = params.flag(body, "stream")
     options = StreamOptions(
         chat=True,

@@ -235,3 +235,65 @@ async def test_a_thousand_bad_requests_leave_nothing(api: Api) -> None:
         assert b"400" in head
         await reader.readexactly(length)
     writer.close()
+
+
+SMUGGLED = b"GET /v1/models/smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n",
+        b"Content-Length: 0\r\nContent-Length: 44\r\n",
+        b"Content-Length: 0, 44\r\n",
+        b"Content-Length: +0\r\n",
+        b"Content-Length: 0x0\r\n",
+        b"Content-Length : 0\r\n",
+        b"Content-Length: \r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
+        b"Transfer-Encoding: chunked, identity\r\n",
+        b"Transfer-Encoding : chunked\r\n",
+        b"Transfer-Encoding: \x0bchunked\r\n",
+        b"Host: y\r\nContent-Length: 0\r\n",
+        b"Authorization: a\r\nAuthorization: b\r\nContent-Length: 0\r\n",
+        b"Expect: 100-continue\r\nExpect: 100-continue\r\nContent-Length: 0\r\n",
+    ],
+)
+async def test_headers_that_mean_two_things_end_the_connection(api: Api, head: bytes) -> None:
+    """What another program in between would cut elsewhere is refused, and what comes behind it is never read."""
+    raw = await api.send(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n0\r\n\r\n" + SMUGGLED, b"\r\n", pause_s=0.05
+    )
+    assert raw.count(b"HTTP/1.1 ") == 1
+    assert raw.startswith((b"HTTP/1.1 400", b"HTTP/1.1 501"))
+    assert b"smuggled" not in raw
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+async def test_numbers_that_are_none(api: Api, value: str) -> None:
+    body = json.dumps(chat_body("x", temperature="?", logit_bias={"1": "?"})).replace('"?"', value)
+    check(await api.send(request_bytes(body.encode(), close=True)), 400)
+    assert not any(each.temperature > 2 for each in api.service.requests)
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v1/classify", "/detokenize", "/v1/embeddings"])
+async def test_deep_json_everywhere(api: Api, path: str) -> None:
+    check(await api.send(request_bytes(b'{"model":' + b"[" * 100_000, path, close=True)), 400, word="nested")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_a_prompt_that_cannot_fit_is_refused_before_it_is_read(api: Api, path: str) -> None:
+    # 2048 tokens of context, and no token has 256 characters.
+    text = "a" * (2048 * 256 + 1)
+    body = chat_body(text) if "chat" in path else {"model": "assistant", "prompt": text}
+    begun = api.service.begun
+    check(await api.send(request_bytes(body, path, close=True)), 400, "ContextOverflow", "2048 tokens")
+    assert api.service.begun == begun
+
+
+async def test_a_huge_bias_is_refused(api: Api) -> None:
+    for bias in (1e308, -101, 10**19):
+        check(await api.send(request_bytes(chat_body("x", logit_bias={"1": bias}), close=True)), 400)
+    many = {str(k): 1 for k in range(50_000)}
+    check(await api.send(request_bytes(chat_body("x", logit_bias=many), close=True)), 400, word="at most")

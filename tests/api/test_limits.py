@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 import socket
 import subprocess
 import sys
@@ -182,6 +183,35 @@ async def test_five_hundred_idle_connections_are_bounded(start: Start) -> None:
         sock.close()
     await api.settled()
     await api.still_answers()
+
+
+async def test_ten_thousand_idle_connections(start: Start) -> None:
+    """As many as the process may have descriptors for, where that is less."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 11_000) if hard != resource.RLIM_INFINITY else 11_000, hard))
+    try:
+        count = min(10_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 600)
+        api = await start()
+        await api.still_answers()
+        socks = []
+        try:
+            for _ in range(count):
+                sock = socket.socket(socket.AF_UNIX)
+                socks.append(sock)
+                sock.connect(str(api.path))
+                if len(socks) % 50 == 0:
+                    await until(lambda: _server_side(api) <= 200, 10)
+            await until(lambda: _server_side(api) <= 1 + Limits().connections_per_user, 10)
+            await asyncio.sleep(1.1)
+            # Old idle ones make room, however many there were.
+            await api.still_answers()
+        finally:
+            for sock in socks:
+                sock.close()
+        await api.settled()
+        await api.still_answers()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_bodies_are_bounded_together(start: Start) -> None:

@@ -235,8 +235,8 @@ async def test_the_network_cannot_keep_local_users_out(start: Start, tmp_path: P
     for each in asking:
         each.cancel()
     await asyncio.gather(*asking, return_exceptions=True)
-    for each in busy:
-        await each.aclose()
+    for client in busy:
+        await client.aclose()
     await net.api.settled()
 
 

@@ -97,9 +97,9 @@ def test_schemas_arrive(client: Client, api: Served, schema: dict[str, Any]) -> 
     assert api.service.requests[-1].response_schema == schema
 
 
-def test_a_raw_prompt_takes_no_tools_and_no_schema(client: Client) -> None:
-    with pytest.raises(NotSupported, match="response_schema"):
-        client.generate("x", model="assistant", response_schema={})
+def test_a_raw_prompt_takes_a_schema_but_no_tools(client: Client, api: Served) -> None:
+    client.generate("x", model="assistant", response_schema={})
+    assert api.service.requests[-1].response_schema == {}
     with pytest.raises(NotSupported, match="tools"):
         client.generate("x", model="assistant", tools=[TOOL])
 

@@ -78,4 +78,4 @@ def test_the_version_is_the_projects() -> None:
 
 def test_keyword_arguments_are_those_of_a_request() -> None:
     fields = set(get_type_hints(GenerateRequest)) - {"prompt", "messages"}
-    assert set(GenerateParams.__annotations__) == fields
+    assert set(GenerateParams.__annotations__) == fields - {"response_regex"} | {"regex", "keep_alive"}
