@@ -91,9 +91,9 @@ def enable(
 
     \b
     Examples:
-      sudo ai-assistant api enable
-      sudo ai-assistant api enable --address 192.168.1.20 --port 443
-      sudo ai-assistant api enable --certificate box.crt --private-key box.key
+      ai-assistant api enable
+      ai-assistant api enable --address 192.168.1.20 --port 443
+      ai-assistant api enable --certificate box.crt --private-key box.key
     """
     out: Output = context.obj
     if (certificate is None) != (private_key is None):
@@ -119,7 +119,7 @@ def disable(
 
     \b
     Examples:
-      sudo ai-assistant api disable
+      ai-assistant api disable
     """
     out: Output = context.obj
     _require_root()
