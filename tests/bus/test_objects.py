@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from dbus_fast import Variant
 
 from ai_assistant.daemon import bus
 from ai_assistant.services import schema
@@ -140,3 +141,27 @@ def test_stop_is_orderly(tmp_path: Path, world: World) -> None:
     assert world.stop_daemon() == 0
     world.start_daemon()
     assert world.api.exists()
+
+
+async def test_pins_drains_and_estimates(client: Client, tiny_model: Path) -> None:
+    with tiny_model.open("rb") as file:
+        job = await client.call("Manager", "ImportModel", "hsa{sv}", 0, "steady", {}, fds=(file.fileno(),))
+    path = (await client.job(job))["Result"]["model"].value
+    assert await client.get(path, "Model", "Pinned") is False
+    await client.call("Model", "Pin", path=path)
+    assert await client.get(path, "Model", "Pinned") is True
+    await client.call("Model", "Unpin", path=path)
+    assert await client.get(path, "Model", "Pinned") is False
+    known = await client.get(path, "Model", "Memory")
+    assert known["total_bytes"].value == await client.get(path, "Model", "MemoryEstimateBytes")
+    one = {"sequences": Variant("u", 1)}
+    small = await client.call("Model", "Estimate", "a{sv}", one, path=path)
+    assert 0 < small["kv_bytes"].value < known["kv_bytes"].value
+    values = await client.job(await client.call("Model", "Drain", path=path))
+    assert values["State"] == "done"
+    for options in (
+        {"sequences": Variant("u", 100_000)}, {"context_length": Variant("d", float("nan"))},
+        {"context_length": Variant("x", -1)}, {"context_length": Variant("b", True)}, {"surprise": Variant("u", 1)},
+    ):  # fmt: skip
+        with pytest.raises(Refused, match="InvalidArgument"):
+            await client.call("Model", "Estimate", "a{sv}", options, path=path)
