@@ -19,7 +19,8 @@ COMMANDS = (
     ("status",), ("top",), ("ask",), ("chat",), ("run",), ("doctor",), ("install",), ("version",), ("config", "show"),
     ("config", "check"), ("model", "list"), ("model", "show"), ("model", "import"), ("model", "remove"),
     ("model", "load"), ("model", "unload"), ("model", "pin"), ("model", "unpin"), ("model", "drain"),
-    ("model", "estimate"), ("model", "pull"), ("model", "suggest"), ("storage", "recovery-key"), ("storage", "acknowledge"),
+    ("model", "estimate"), ("model", "pull"), ("model", "suggest"), ("storage", "recovery-key"),
+    ("storage", "acknowledge"),
     ("storage", "reseal"), ("verify-boot",), ("api", "enable"), ("api", "disable"), ("api", "status"),
     ("api", "key", "add"), ("api", "key", "list"), ("api", "key", "remove"),
 )  # fmt: skip
