@@ -44,6 +44,7 @@ from ai_assistant.errors import (
     InvalidArgument,
     NoSuchModel,
     NotSupported,
+    OutOfMemory,
 )
 
 log = logging.getLogger(__name__)
@@ -106,28 +107,28 @@ class DaemonService:
         counters.requests += 1
         counters.running += 1
         self._begin()
-        finished = False
+        outcome = "cancelled"
         tokens = 0
+        ttft_s: float | None = None
+        began = counters.metrics.clock()
         try:
             async with aclosing(self.residency.generate(entry, request, keep_alive_s)) as events:
                 async for event in events:
                     if isinstance(event, Chunk):
                         tokens += 1
+                        ttft_s = counters.metrics.clock() - began if ttft_s is None else ttft_s
                     elif isinstance(event, Finished):
-                        finished = True
-                        self._account(event)
+                        outcome = "done"
+                        self._account(entry.name, event, ttft_s)
                     yield event
-        except Cancelled:
-            counters.cancelled += 1
-            finished = True
-            raise
-        except AIAssistantError:
-            counters.errors += 1
-            finished = True
+        except AIAssistantError as error:
+            outcome = _outcome(error)
+            counters.errors += outcome != "cancelled"
             raise
         finally:
             counters.running -= 1
-            if not finished:
+            counters.metrics.ended(entry.name, outcome)
+            if outcome == "cancelled":
                 counters.cancelled += 1
                 # The engine reports usage only at the end; chunks are the nearest count there is.
                 counters.completion_tokens += tokens
@@ -138,19 +139,19 @@ class DaemonService:
     ) -> tuple[list[list[float]], int]:
         async with self._counted(name, keep_alive_s) as worker:
             vectors, tokens = await worker.embed(texts)
-        self.counters.prompt_tokens += tokens
+        self._read(name, tokens)
         return vectors, tokens
 
     async def rerank(self, name: str, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
         async with self._counted(name) as worker:
             scores, tokens = await worker.rerank(query, documents)
-        self.counters.prompt_tokens += tokens
+        self._read(name, tokens)
         return scores, tokens
 
     async def classify(self, name: str, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
         async with self._counted(name) as worker:
             labels, tokens = await worker.classify(texts)
-        self.counters.prompt_tokens += tokens
+        self._read(name, tokens)
         return labels, tokens
 
     async def tokenize(self, name: str, text: str) -> list[int]:
@@ -174,14 +175,25 @@ class DaemonService:
 
     @asynccontextmanager
     async def _counted(self, name: str, keep_alive_s: float | None = None) -> AsyncIterator[Worker]:
-        self._entry(name)
+        full = self._entry(name).name
         self.counters.requests += 1
+        outcome = "cancelled"
         try:
             async with self._worker(name, keep_alive_s) as worker:
                 yield worker
-        except AIAssistantError:
+            outcome = "done"
+        except AIAssistantError as error:
             self.counters.errors += 1
+            outcome = _outcome(error)
             raise
+        finally:
+            self.counters.metrics.ended(full, outcome)
+
+    def _read(self, name: str, tokens: int) -> None:
+        self.counters.prompt_tokens += tokens
+        # The model may have gone meanwhile.
+        with suppress(NoSuchModel):
+            self.counters.metrics.read(self._entry(name).name, tokens)
 
     async def stats(self) -> Mapping[str, EngineStats]:
         names = [each.name for each in self.models() if each.state is ModelState.LOADED]
@@ -217,8 +229,9 @@ class DaemonService:
             "running": self.counters.running,
         }
 
-    def _account(self, event: Finished) -> None:
+    def _account(self, name: str, event: Finished, ttft_s: float | None) -> None:
         usage = event.usage
+        self.counters.metrics.observe(name, usage, ttft_s)
         self.counters.prompt_tokens += usage.prompt_tokens
         self.counters.completion_tokens += usage.completion_tokens
         self.counters.prefill_s += usage.prefill_s
@@ -407,19 +420,6 @@ class DaemonService:
 
         return self.jobs.start("load", owner, uid, work)
 
-    async def unload(self, name: str) -> None:
-        """Raises NoSuchModel, Busy."""
-        await self.residency.unload(self.registry.get(name).name)
-
-    async def remove(self, name: str, *, force: bool = False) -> None:
-        """Forget a model and delete its files.
-
-        Raises:
-            NoSuchModel, NotSupported, InternalError, Busy (unless `force`)
-        """
-        entry = self.registry.get(name)
-        if not force and self.residency.busy(entry.name):
-            raise Busy(f"{entry.name} is in use", hint="wait until it has answered")
     def start_drain(self, name: str, owner: str, uid: int) -> Job:
         """Drain a model as a job.
 
@@ -435,6 +435,19 @@ class DaemonService:
 
         return self.jobs.start("drain", owner, uid, work)
 
+    async def unload(self, name: str) -> None:
+        """Raises NoSuchModel, Busy."""
+        await self.residency.unload(self.registry.get(name).name)
+
+    async def remove(self, name: str, *, force: bool = False) -> None:
+        """Forget a model and delete its files.
+
+        Raises:
+            NoSuchModel, NotSupported, InternalError, Busy (unless `force`)
+        """
+        entry = self.registry.get(name)
+        if not force and self.residency.busy(entry.name):
+            raise Busy(f"{entry.name} is in use", hint="wait until it has answered")
         grave = self.registry.remove(entry.name)
         log.info("removed %s", entry.name, extra={"MODEL": entry.name})
         self.on_removed(entry.name)
@@ -499,6 +512,13 @@ class DaemonService:
                 await self._idle.wait()
         except TimeoutError:
             log.warning("cancelling %d requests", self._working)
+
+
+def _outcome(error: AIAssistantError) -> str:
+    """One of `metrics.OUTCOMES`."""
+    if isinstance(error, Cancelled):
+        return "cancelled"
+    return "refused" if isinstance(error, Busy | OutOfMemory) else "failed"
 
 
 def _capabilities(info: ModelInfo) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from ai_assistant.daemon.bus.model import no_options
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.journal import PRIORITIES, read_log
+from ai_assistant.daemon.metrics_summary import statistics
 from ai_assistant.daemon.pulls import PullOptions
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.daemon.version import VERSION
@@ -55,6 +56,12 @@ class Manager:
         # An empty list does not say what it is a list of, and clients rely on one type for a key.
         empty = {key: Variant("av", []) for key in ("temperatures", "models") if not status[key]}
         return variants(status) | empty
+
+    async def get_statistics(self, call: Call) -> Mapping[str, Any]:
+        await self._authority.uid(call.sender)
+        found = await statistics(self._service)
+        empty = {"models": Variant("av", [])} if not found["models"] else {}
+        return variants(found) | empty
 
     async def list_models(self, call: Call) -> Sequence[str]:
         await self._authority.uid(call.sender)

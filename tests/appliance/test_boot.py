@@ -52,7 +52,9 @@ def test_the_journal_has_no_warnings_of_ours(appliance: Container) -> None:
     assert ours == ""
 
 
-@pytest.mark.parametrize("unit", ["ai-assistantd.service", "ai-assistant-worker@.service", "ai-assistant-fetch@.service"])
+@pytest.mark.parametrize(
+    "unit", ["ai-assistantd.service", "ai-assistant-worker@.service", "ai-assistant-fetch@.service"]
+)
 def test_exposure(appliance: Container, unit: str) -> None:
     report = appliance.run("systemd-analyze", "security", "--no-pager", unit).stdout
     found = re.search(r"Overall exposure level for \S+: ([\d.]+)", report)

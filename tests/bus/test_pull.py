@@ -74,7 +74,7 @@ async def begun(client: Client, job: str) -> dict[str, Any]:
 
 
 async def test_a_pull_that_is_cut_by_everything(pulling: World, client: Client, hub: Hub, tiny_model: Path) -> None:
-    content = tiny_model.read_bytes()
+    content = tiny_model.read_bytes()  # noqa: ASYNC240
     hub.token, hub.store = "hf_bus_secret", True
     before = pulling.state_files()
 
@@ -109,7 +109,7 @@ async def test_a_pull_that_is_cut_by_everything(pulling: World, client: Client, 
     assert all(COMMIT in each.path for each in asked)
 
     path = Path(f"/proc/{pulling.daemon.pid}/root{pulling.state}/models/tiny-q8_0/1/model.gguf")  # type: ignore[union-attr]
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == hashlib.sha256(content).hexdigest()
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == hashlib.sha256(content).hexdigest()  # noqa: ASYNC240
     assert [each for each in pulling.state_files() if "part-" in each] == []
     await client.call("Model", "Remove", path=values["Result"]["model"].value)
     assert [each for each in pulling.state_files() if each != ".pulls"] == before

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from ai_assistant.daemon import config as configuration
-from ai_assistant.daemon import residency as module
 from ai_assistant.daemon import room as room_module
 from ai_assistant.daemon.config import Config
 from ai_assistant.daemon.contract import Counters, ModelState

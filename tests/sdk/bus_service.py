@@ -128,6 +128,36 @@ STATUS: dict[str, Variant] = {
 }
 
 
+STATISTICS: dict[str, Variant] = {
+    "running": Variant("x", 1),
+    "connections": Variant("x", 2),
+    "models": Variant(
+        "av",
+        [
+            Variant(
+                "a{sv}",
+                {
+                    "name": Variant("s", "assistant:1"),
+                    "state": Variant("s", "loaded"),
+                    "pinned": Variant("b", True),
+                    "estimate_bytes": Variant("x", 9_000_000),
+                    "resident_bytes": Variant("x", 9 << 20),
+                    "running": Variant("x", 1),
+                    "waiting": Variant("x", 3),
+                    "kv_cells": Variant("x", 1000),
+                    "kv_used": Variant("x", 250),
+                    "prefix_hits": Variant("x", 7),
+                    "prefill_tokens_per_s": Variant("d", 120.0),
+                    "decode_tokens_per_s": Variant("d", 12.5),
+                    "ttft_p50_s": Variant("d", 0.2),
+                    "ttft_p95_s": Variant("d", 1.5),
+                },
+            )
+        ],
+    ),
+}
+
+
 @dataclass
 class Scripted:
     """The daemon's objects, and what it was asked. It answers from its own thread."""
@@ -235,6 +265,8 @@ class Scripted:
         path = message.path or ""
         if member == "GetStatus":
             return "a{sv}", [STATUS]
+        if member == "GetStatistics":
+            return "a{sv}", [STATISTICS]
         if member == "GetManagedObjects":
             objects = {each: {"org.ai_assistant1.Model": values} for each, values in self.models.items()}
             objects |= {each: {"org.ai_assistant1.Job": values} for each, values in self.jobs.items()}
@@ -260,6 +292,15 @@ class Scripted:
         if member == "Unload":
             self.models[path]["State"] = Variant("s", "unloaded")
             return "", []
+        if member in ("Pin", "Unpin"):
+            self.models[path]["Pinned"] = Variant("b", member == "Pin")
+            return "", []
+        if member == "Drain":
+            return "o", [self._job("drain")]
+        if member == "Estimate":
+            asked = message.body[0]
+            cells = asked["context_length"].value if "context_length" in asked else 2048
+            return "a{sv}", [sizes(kv_bytes=cells * 1000)]
         if member == "Remove":
             del self.models[path]
             return "", []
@@ -292,15 +333,6 @@ def scripted(address: str) -> Iterator[Scripted]:
     daemon.models[f"{ROOT}/models/1"] = model("assistant:1", Builtin=Variant("b", True), State=Variant("s", "loaded"))
     daemon.models[f"{ROOT}/models/2"] = model("writer:2")
     daemon.start()
-        if member in ("Pin", "Unpin"):
-            self.models[path]["Pinned"] = Variant("b", member == "Pin")
-            return "", []
-        if member == "Drain":
-            return "o", [self._job("drain")]
-        if member == "Estimate":
-            asked = message.body[0]
-            cells = asked["context_length"].value if "context_length" in asked else 2048
-            return "a{sv}", [sizes(kv_bytes=cells * 1000)]
     try:
         yield daemon
     finally:
