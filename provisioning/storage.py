@@ -358,10 +358,12 @@ def reseal() -> None:
             print("storage: /var has been bound to the TPM in this boot already")
             return
         raise DiskFailed("the TPM has opened /var, so there is nothing to bind anew")
-    command = ["systemd-cryptenroll", f"--unlock-key-file={OPENED_WITH}", "--wipe-slot=tpm2", "--tpm2-device=auto"]
-    done = run([*command, *BINDING, state.device])
-    if done.returncode != 0:
-        raise DiskFailed(f"the TPM could not be used: {last_line(done.stderr)}")
+    # First of all the binding that does not open: systemd-cryptenroll does nothing where one with the same policy is, and
+    # another TPM has the same policy. Until the new one is there, the recovery key opens.
+    for change in (["--wipe-slot=tpm2"], ["--tpm2-device=auto", *BINDING]):
+        done = run(["systemd-cryptenroll", f"--unlock-key-file={OPENED_WITH}", *change, state.device])
+        if done.returncode != 0:
+            raise DiskFailed(f"the TPM could not be used: {last_line(done.stderr)}")
     OPENED_WITH.unlink()
     print("storage: /var is bound to the TPM in this state of the machine")
 
