@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import socket
 import subprocess
@@ -82,7 +83,8 @@ def test_sockets_are_taken_by_name(tmp_path: Path) -> None:
             os.dup2(high[0], 3)
             os.dup2(high[1], 4)
 
-        high = [os.dup2(one.fileno(), 50), os.dup2(two.fileno(), 51)]
+        # Free ones: a fixed number may be what another thread is opening.
+        high = [fcntl.fcntl(each.fileno(), fcntl.F_DUPFD, 50) for each in (one, two)]
         done = subprocess.run(
             [sys.executable, "-c", script],
             env={**os.environ, "LISTEN_FDS": "2", "LISTEN_FDNAMES": "other:api"},
