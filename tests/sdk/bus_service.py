@@ -296,6 +296,7 @@ class Scripted:
             self.models[path]["Pinned"] = Variant("b", member == "Pin")
             return "", []
         if member == "Drain":
+            self.models[path]["State"] = Variant("s", "unloaded")
             return "o", [self._job("drain")]
         if member == "Estimate":
             asked = message.body[0]
