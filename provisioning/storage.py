@@ -358,8 +358,8 @@ def reseal() -> None:
             print("storage: /var has been bound to the TPM in this boot already")
             return
         raise DiskFailed("the TPM has opened /var, so there is nothing to bind anew")
-    # First of all the binding that does not open: systemd-cryptenroll does nothing where one with the same policy is, and
-    # another TPM has the same policy. Until the new one is there, the recovery key opens.
+    # First away with the binding that does not open: where there is one with the same policy systemd-cryptenroll does
+    # nothing, and another TPM has the same policy. Until the new one is there, the recovery key opens.
     for change in (["--wipe-slot=tpm2"], ["--tpm2-device=auto", *BINDING]):
         done = run(["systemd-cryptenroll", f"--unlock-key-file={OPENED_WITH}", *change, state.device])
         if done.returncode != 0:
