@@ -10,11 +10,9 @@ from collections import Counter
 
 from ai_assistant.engines.gguf import Array, Gguf
 from ai_assistant.engines.gguf_fields import head_width, integer, per_layer
-from ai_assistant.engines.memory import MemoryShape
+from ai_assistant.engines.memory import PROCESS_BYTES, MemoryShape
 from ai_assistant.engines.repack import repacked_bytes
 
-_RUNTIME_BYTES = 40 << 20
-"""Interpreter, numpy and the native library with its thread stacks, measured."""
 _TOKEN_BYTES = 120
 """A token in the library's vocabulary: its text, and both directions of the look-up."""
 _MERGE_BYTES = 90
@@ -52,7 +50,7 @@ def shape_of(model: Gguf, *, encoder: bool) -> MemoryShape:
         vocabulary=vocabulary,
         context_length=integer(model, "context_length"),
         whole_texts=encoder,
-        runtime_bytes=_RUNTIME_BYTES
+        runtime_bytes=PROCESS_BYTES
         + _TOKEN_BYTES * vocabulary
         + _MERGE_BYTES * (merges.count if isinstance(merges, Array) else 0),
     )

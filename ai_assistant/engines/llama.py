@@ -70,7 +70,7 @@ class LlamaEngine:
             header = read_gguf(fd)
             info = gguf_rules.check(header)
             options = memory.settled(gguf_rules.memory_shape(header), options)
-            _check_memory(header, options)
+            _check_memory(header, options, files)
             from ai_assistant.engines.native import load_model
 
             model = load_model(fd, progress, repack=options.repack)
@@ -110,12 +110,13 @@ class LlamaEngine:
     def _start(self, files: Mapping[str, int]) -> None:
         from ai_assistant.engines.context import ContextShape, NativeContext
         from ai_assistant.engines.scheduler import Scheduler
-        from ai_assistant.engines.speculation import outputs_ahead
         from ai_assistant.engines.spill import SpillStore
 
         options, vocabulary = self._options, self._vocabulary
         whole = self._info.architecture in gguf_rules.RECURRENT
-        guesses = 0 if whole or options.speculative == "off" else outputs_ahead(vocabulary.size, options.sequences)
+        guesses = (
+            0 if whole or options.speculative == "off" else memory.outputs_ahead(vocabulary.size, options.sequences)
+        )
         shape = ContextShape(
             cells=gguf_rules.cells_per_sequence(self._context_length),
             sequences=options.sequences,
@@ -401,10 +402,17 @@ def checked_options(options: LoadOptions) -> LoadOptions:
     return replace(options, batch_tokens=max(options.batch_tokens, options.sequences))
 
 
-def _check_memory(header: Gguf, options: LoadOptions) -> None:
-    needed = gguf_rules.estimate_memory_bytes(header, options)
+def _check_memory(header: Gguf, options: LoadOptions, files: Mapping[str, int]) -> None:
     limit = options.memory_limit_bytes
-    if limit and needed > limit:
+    if not limit:
+        return
+    draft = None
+    if "draft" in files and options.speculative not in ("off", "lookup"):
+        smaller = read_gguf(files["draft"])
+        gguf_rules.check(smaller)
+        draft = gguf_rules.memory_shape(smaller)
+    needed = memory.estimate(gguf_rules.memory_shape(header), options, draft).total_bytes
+    if needed > limit:
         raise OutOfMemory(
             f"the model needs about {needed >> 20} MiB ({header.weight_bytes >> 20} MiB of weights, "
             f"{gguf_rules.kv_bytes(header, options) >> 20} MiB for {options.sequences} × {options.context_length} "

@@ -19,6 +19,12 @@ LEAST_CONTEXT = 1024
 DEFAULT_KV_BYTES = 1 << 30
 """What the KV cache takes at most where neither a context nor a limit is asked for."""
 MAX_BYTES = 1 << 56
+PROCESS_BYTES = 40 << 20
+"""Of a worker with llama.cpp: interpreter, numpy and the native library with its thread stacks, measured."""
+MOST_AHEAD = 8
+"""Tokens that are guessed for a sequence in one step."""
+_GUESS_BYTES = 32 << 20
+"""What the logits of guesses may take."""
 _MAX_GROUPS = 1024
 _SHORTEST_READ = 512
 """Tokens of the smallest batch that texts are embedded in."""
@@ -146,16 +152,31 @@ def settled(shape: MemoryShape, options: LoadOptions) -> LoadOptions:
     )
 
 
-def estimate(shape: MemoryShape, options: LoadOptions) -> MemoryEstimate:
-    """What a worker takes that loads such a model with these options."""
+def estimate(shape: MemoryShape, options: LoadOptions, draft: MemoryShape | None = None) -> MemoryEstimate:
+    """What a worker takes that loads such a model with these options.
+
+    Args:
+        draft: of a smaller model that comes with it and guesses its tokens, where the options allow that.
+    """
     chosen = settle(shape, options)
-    return MemoryEstimate(
+    found = MemoryEstimate(
         weights_bytes=shape.weights_bytes,
         repacked_bytes=shape.repacked_bytes if options.repack else 0,
         kv_bytes=_cache_bytes(shape, chosen.kv_type, chosen.context_length, chosen.sequences)
         + options.spill_memory_bytes,
-        compute_bytes=_compute_bytes(shape, options, chosen),
+        compute_bytes=_compute_bytes(shape, options, chosen, guesses=_guess_rows(shape, options, chosen)),
         runtime_bytes=shape.runtime_bytes,
+    )
+    if draft is None or options.speculative in ("off", "lookup") or not _guess_rows(shape, options, chosen):
+        return found
+    # It follows every sequence in a cache of its own, 16 bits an element, as long as the model's. Its weights
+    # are repacked whatever the options say, and it shares the process.
+    return MemoryEstimate(
+        weights_bytes=found.weights_bytes + draft.weights_bytes,
+        repacked_bytes=found.repacked_bytes + draft.repacked_bytes,
+        kv_bytes=found.kv_bytes + _cache_bytes(draft, "f16", chosen.context_length, chosen.sequences),
+        compute_bytes=found.compute_bytes + _compute_bytes(draft, options, chosen),
+        runtime_bytes=found.runtime_bytes + max(0, draft.runtime_bytes - PROCESS_BYTES),
     )
 
 
@@ -163,6 +184,13 @@ def kv_bytes(shape: MemoryShape, options: LoadOptions) -> int:
     """The key-value cache and recurrent states for all sequences together, in bytes."""
     chosen = settle(shape, options)
     return _cache_bytes(shape, chosen.kv_type, chosen.context_length, chosen.sequences)
+
+
+def outputs_ahead(vocabulary: int, sequences: int) -> int:
+    """Guesses of one step, all sequences together, that there are rows of logits for."""
+    # One row in the graph and one in the output buffer.
+    rows = _GUESS_BYTES // (vocabulary * 8)
+    return min(MOST_AHEAD * min(sequences, 4), rows)
 
 
 def cells_per_sequence(context_length: int) -> int:
@@ -185,7 +213,14 @@ def _cache_bytes(shape: MemoryShape, kind: str, context_length: int, sequences: 
     return (elements * cells_per_sequence(context_length) * size // block + shape.state_bytes) * sequences
 
 
-def _compute_bytes(shape: MemoryShape, options: LoadOptions, chosen: Settled) -> int:
+def _guess_rows(shape: MemoryShape, options: LoadOptions, chosen: Settled) -> int:
+    """Rows of logits for tokens that are guessed; a state cannot be cut back, so nobody guesses for such models."""
+    if options.speculative == "off" or not shape.vocabulary or shape.whole_texts or shape.state_bytes:
+        return 0
+    return outputs_ahead(shape.vocabulary, chosen.sequences)
+
+
+def _compute_bytes(shape: MemoryShape, options: LoadOptions, chosen: Settled, *, guesses: int = 0) -> int:
     cells = cells_per_sequence(chosen.context_length) if shape.context_length else 0
     step = max(_SHORTEST_READ, _power_of_two(cells)) if shape.whole_texts else options.batch_tokens
     step = min(step, max(cells, 1)) if not shape.whole_texts else step
@@ -193,8 +228,9 @@ def _compute_bytes(shape: MemoryShape, options: LoadOptions, chosen: Settled) ->
     # once more, quantised or in 16 bits: about a sixth of the activations.
     mask = step * cells * 2 * (1 if shape.whole_texts else shape.masks)
     activations = step * shape.step_bytes * 7 // 6
-    # Logits of every sequence: in the graph, in the output buffer, and as candidates of 12 bytes.
-    outputs = 0 if shape.whole_texts else chosen.sequences * shape.vocabulary * 20
+    # Logits of every sequence: in the graph, in the output buffer, and as candidates of 12 bytes. Those of guesses are
+    # looked at one after the other and need no candidates.
+    outputs = 0 if shape.whole_texts else (chosen.sequences * 20 + guesses * 8) * shape.vocabulary
     return activations + mask + outputs + shape.compute_bytes
 
 

@@ -14,22 +14,13 @@ from typing import Protocol
 import numpy as np
 
 from ai_assistant.engines.batch import Tokens
+from ai_assistant.engines.memory import MOST_AHEAD
 
-MOST_AHEAD = 8
 _FIRST_AHEAD = 4
-_OUTPUT_BYTES = 32 << 20
-"""What the logits of guesses may take."""
 _LONGEST_NGRAM = 4
 _SHORTEST_NGRAM = 2
 _WINDOW = 1 << 16
 """Tokens back that are searched."""
-
-
-def outputs_ahead(vocabulary: int, sequences: int) -> int:
-    """Guesses of one step, all sequences together, that there are rows of logits for."""
-    # One row in the graph and one in the output buffer.
-    rows = _OUTPUT_BYTES // (vocabulary * 8)
-    return min(MOST_AHEAD * min(sequences, 4), rows)
 
 
 def lookup(history: Tokens, count: int) -> Tokens:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from ai_assistant.engines import gguf_rules, memory
 from ai_assistant.engines.contract import GenerateRequest, LoadOptions
 from ai_assistant.engines.ggml_types import GGML_TYPES
 from ai_assistant.engines.gguf import Gguf, Tensor, read_gguf
+from ai_assistant.engines.llama import LlamaEngine
 from ai_assistant.engines.repack import repacked_bytes
+from ai_assistant.errors import OutOfMemory
 from tests.support import gguf_writer
 
 _SLACK_BYTES = 16 << 20
@@ -70,6 +73,49 @@ def test_the_parts_follow_the_options(tmp_path: Path) -> None:
     assert one.total_bytes == sum(value for key, value in one.to_dict().items() if key != "total_bytes")
     # The context is rounded up to 256 cells.
     assert memory.estimate(shape, LoadOptions(context_length=1000, sequences=1)).kv_bytes == one.kv_bytes
+
+
+def test_guesses_have_rows_of_logits(tmp_path: Path) -> None:
+    shape = gguf_rules.memory_shape(_header(gguf_writer.write_llama(tmp_path / "m.gguf", vocabulary=1000)))
+    for sequences in (1, 3, 9):
+        plain, guessed = (
+            memory.estimate(shape, LoadOptions(context_length=512, sequences=sequences, speculative=each)).compute_bytes
+            for each in ("off", "auto")
+        )
+        # A row in the graph and one in the output buffer, 4 bytes each.
+        assert guessed - plain == memory.outputs_ahead(1000, sequences) * 1000 * 8 > 0
+    recurrent = replace(shape, state_bytes=1)
+    without, with_guesses = (memory.estimate(recurrent, LoadOptions(speculative=each)) for each in ("off", "auto"))
+    assert without == with_guesses
+    assert memory.estimate(replace(shape, vocabulary=0), LoadOptions()).total_bytes > 0
+
+
+def test_a_draft_model_counts_where_it_is_used(tmp_path: Path) -> None:
+    large = gguf_rules.memory_shape(_header(gguf_writer.write_llama(tmp_path / "m.gguf", layers=4, context=4096)))
+    small = gguf_rules.memory_shape(_header(gguf_writer.write_llama(tmp_path / "d.gguf", layers=1, context=1024)))
+    options = LoadOptions(context_length=2048, sequences=3, kv_type="q4_0")
+    alone, both = memory.estimate(large, options), memory.estimate(large, options, small)
+    assert both.weights_bytes == alone.weights_bytes + small.weights_bytes
+    # As long as the model's own cache, in 16 bits: one layer of 2 heads of 64 elements, keys and values.
+    assert both.kv_bytes == alone.kv_bytes + 3 * 2048 * 2 * 2 * 64 * 2
+    assert both.compute_bytes > alone.compute_bytes
+    # One process, two vocabularies.
+    assert 0 < both.runtime_bytes - alone.runtime_bytes < memory.PROCESS_BYTES
+    for mode in ("off", "lookup"):
+        quiet = replace(options, speculative=mode)
+        assert memory.estimate(large, quiet, small) == memory.estimate(large, quiet)
+
+
+@pytest.mark.engine
+def test_a_load_is_refused_for_its_draft_model(tmp_path: Path) -> None:
+    path, draft = (gguf_writer.write_llama(tmp_path / each, context=1024) for each in ("m.gguf", "d.gguf"))
+    needed = memory.estimate(gguf_rules.memory_shape(_header(path)), LoadOptions(sequences=1)).total_bytes
+    limited = LoadOptions(sequences=1, memory_limit_bytes=needed)
+    with draft.open("rb") as file:
+        with pytest.raises(OutOfMemory, match="limit"):
+            LlamaEngine.open(path, limited, files={"draft": file.fileno()})
+        with LlamaEngine.open(path, replace(limited, speculative="lookup"), files={"draft": file.fileno()}) as engine:
+            assert engine.context_length == 1024
 
 
 @pytest.mark.engine

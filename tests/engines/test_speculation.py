@@ -10,15 +10,14 @@ import pytest
 
 from ai_assistant.engines.batch import Tokens
 from ai_assistant.engines.draft import DraftModel
+from ai_assistant.engines.memory import MOST_AHEAD, outputs_ahead
 from ai_assistant.engines.speculation import (
-    MOST_AHEAD,
     Gain,
     Lookup,
     Speculation,
     first_reach,
     lookup,
     next_reach,
-    outputs_ahead,
 )
 from tests.support.fake_context import FakeContext, following
 
