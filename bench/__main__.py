@@ -1,4 +1,4 @@
-"""Run the benches: all of them, or the one that is named.
+"""Run the benches: the one that is named, or all but those that take very long.
 
 python3 -m bench [NAME] [--json] [ARGUMENT ...]
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _NOT_A_BENCH = ("__init__", "__main__", "harness")
+BY_NAME = {"soak": "half an hour at least"}
+"""Benches that are run only when they are asked for, and why."""
 
 
 def names() -> list[str]:
@@ -26,6 +28,10 @@ def main(arguments: list[str]) -> int:
             print(f"bench: there is no {name}; there are {', '.join(chosen)}", file=sys.stderr)
             return 2
         chosen = [name]
+    else:
+        for name, why in BY_NAME.items():
+            print(f"bench: {name} is left out ({why}); ask for it: bench {name}", file=sys.stderr)
+        chosen = [each for each in chosen if each not in BY_NAME]
     failed = 0
     for name in chosen:
         # A process each: what one loads must not slow the next.

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from bench._load import words
-from bench._servers import CONTEXT, python
+from bench._servers import CONTEXT, cache, peer, python
 
 
 def variant(model: Path, plugin: str | None, threads: int, prompt: int, tokens: int) -> tuple[float, float]:
-    """(prefill, decode) in tokens per second with one CPU plug-in, or with the one that is picked of all."""
+    """(prefill, decode) in tokens per second with one CPU plug-in, or with the one that is picked of all.
+
+    Args:
+        prompt: words.
+    """
     arguments = ("bench._engine", "variant", str(model), str(threads), str(prompt), str(tokens))
     if plugin is None:
         found = json.loads(python(*arguments))
@@ -32,9 +38,10 @@ def variant(model: Path, plugin: str | None, threads: int, prompt: int, tokens: 
     return float(found[0]), float(found[1])
 
 
-def overhead(model: Path, tokens: int) -> float:
-    """Microseconds per token and step that are not spent in the library's decoding."""
-    return float(python("bench._engine", "overhead", str(model), str(tokens)))
+def overhead(model: Path, tokens: int) -> dict[str, float]:
+    """Microseconds per token and step that are not spent in the library, by case; see `_measure_overhead`."""
+    found = json.loads(python("bench._engine", "overhead", str(model), str(tokens)))
+    return {name: float(each) for (name, *_), each in zip(OVERHEAD_CASES, found, strict=True)}
 
 
 def estimate(model: Path, sequences: int, threads: int) -> int:
@@ -68,56 +75,136 @@ def bandwidth(megabytes: int = 256) -> float:
     return best
 
 
+def transformers(
+    folder: Path, shape: dict[str, Any], prompts: list[list[int]], tokens: int, threads: int
+) -> dict[str, int]:
+    """Memory of Hugging Face transformers after these prompts in bytes; see `bench/_transformers.py`.
+
+    Args:
+        folder: where its weights lie; made when it is not there.
+        shape: one of `SHAPES`.
+    """
+    values = {
+        "num_hidden_layers": shape["layers"], "hidden_size": shape["width"], "vocab_size": shape["vocabulary"],
+        "num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv_heads"],
+        "intermediate_size": shape["hidden"], "max_position_embeddings": CONTEXT, "tie_word_embeddings": False,
+    }  # fmt: skip
+    task = json.dumps({"model": values, "prompts": prompts, "tokens": tokens})
+    run = [
+        str(peer("hugging-face") / "run"),
+        str(Path(__file__).with_name("_transformers.py")),
+        str(folder),
+        str(threads),
+    ]
+    while True:
+        log = cache() / "transformers.log"
+        with log.open("wb") as errors:
+            done = subprocess.run(run, input=task, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"serving: transformers failed with {done.returncode}; see {log}")
+        found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+        # Where the weights had to be made first, the process was another one than what is to be measured.
+        if "made" not in found:
+            return found
+
+
+def tokens_of(model: Path, texts: list[str]) -> list[list[int]]:
+    """What texts are read as, as token numbers."""
+    return [list(map(int, each)) for each in json.loads(python("bench._engine", "tokens", str(model), *texts))]
+
+
+def _measure_tokens(model: str, texts: list[str]) -> list[list[int]]:
+    from ai_assistant.engines.contract import LoadOptions
+    from ai_assistant.engines.llama import LlamaEngine
+
+    with LlamaEngine.open(model, LoadOptions(context_length=256, sequences=1, repack=False)) as engine:
+        return [engine._vocabulary.tokenize(each, begin=True).tolist() for each in texts]
+
+
 def _measure_variant(model: str, threads: int, prompt: int, tokens: int) -> tuple[float, float]:
     from ai_assistant.engines.contract import Finished, GenerateRequest, LoadOptions
     from ai_assistant.engines.llama import LlamaEngine
 
     options = LoadOptions(context_length=CONTEXT, sequences=1, threads=threads, kv_type="f16", speculative="off")
     with LlamaEngine.open(model, options) as engine:
-        for seed in range(2):  # the first warms up
-            request = GenerateRequest(
-                prompt=words(seed, prompt // 3), max_tokens=tokens, temperature=0.0, ignore_eos=True
-            )
+        for seed, size, most in ((0, 2, 2), (1, prompt, tokens)):  # the first warms up
+            request = GenerateRequest(prompt=words(seed, size), max_tokens=most, temperature=0.0, ignore_eos=True)
             for event in engine.generate(request):
                 if isinstance(event, Finished):
                     usage = event.usage
     return usage.prompt_tokens / usage.prefill_s, (usage.completion_tokens - 1) / usage.decode_s
 
 
-def _measure_overhead(model: str, tokens: int) -> float:
-    from ai_assistant.engines.contract import Finished, GenerateRequest, LoadOptions
+OVERHEAD_CASES = (("greedy, 1 stream", 1, 0.0), ("greedy, 8 streams", 8, 0.0), ("drawn, 8 streams", 8, 0.8))
+_NATIVE = ("llama_decode", "llama_sampler_apply", "llama_sampler_accept")
+_GENERATIONS = 7
+
+
+def _measure_overhead(model: str, tokens: int) -> list[float]:
+    """Processor time of the engine's thread outside the library, per token, for each of the cases.
+
+    Processor time, so that waiting for a core, which other work on the machine causes, is nobody's overhead. One thread
+    decodes, so that all of the library's work is on that thread's clock, too. The choice of the greatest logit, views
+    of logits and the reading of pieces count as ours; only decoding and the library's samplers do not.
+    """
+    import threading
+    from statistics import median
+
+    from ai_assistant.engines.contract import GenerateRequest, LoadOptions
     from ai_assistant.engines.llama import LlamaEngine
 
-    options = LoadOptions(context_length=CONTEXT, sequences=1, threads=1, kv_type="f16", speculative="off")
+    options = LoadOptions(context_length=CONTEXT, sequences=8, threads=1, kv_type="f16", speculative="off")
     with LlamaEngine.open(model, options) as engine:
-        context = engine._scheduler._context
-        plain, inside = context.decode, 0.0
+        lib, inside = engine._lib, 0.0
 
-        def timed(batch: object) -> int:
-            nonlocal inside
-            begin = time.perf_counter()
-            code = int(plain(batch))
-            inside += time.perf_counter() - begin
-            return code
+        def clocked(name: str) -> None:
+            plain = getattr(lib, name)
 
-        context.decode = timed
-        usage = None
-        for seed in range(2):
-            inside = 0.0
-            request = GenerateRequest(prompt=words(seed, 4), max_tokens=tokens, temperature=0.0, ignore_eos=True)
-            for event in engine.generate(request):
-                if isinstance(event, Finished):
-                    usage = event.usage
-        assert usage is not None
-        return (usage.prefill_s + usage.decode_s - inside) / usage.completion_tokens * 1e6
+            def call(*arguments: object) -> object:
+                nonlocal inside
+                begin = time.thread_time()
+                found = plain(*arguments)
+                inside += time.thread_time() - begin
+                return found
+
+            setattr(lib, name, call)
+
+        for each in _NATIVE:
+            clocked(each)
+        thread = engine._scheduler._thread.ident
+        assert thread is not None
+        clock = time.pthread_getcpuclockid(thread)
+
+        def generate(seed: int, temperature: float) -> None:
+            request = GenerateRequest(
+                prompt=words(seed, 4), max_tokens=tokens, temperature=temperature, seed=seed, ignore_eos=True
+            )
+            for _ in engine.generate(request):
+                pass
+
+        out = []
+        for _, streams, temperature in OVERHEAD_CASES:
+            found = []
+            for _ in range(_GENERATIONS + 1):  # the first reads the tokens' texts, once per model
+                inside, begin = 0.0, time.clock_gettime(clock)
+                threads = [threading.Thread(target=generate, args=(each, temperature)) for each in range(streams)]
+                for one in threads:
+                    one.start()
+                for one in threads:
+                    one.join()
+                found.append((time.clock_gettime(clock) - begin - inside) / (tokens * streams) * 1e6)
+            out.append(median(found[1:]))
+        return out
 
 
 def main(arguments: list[str]) -> int:
     kind, model, *numbers = arguments
     if kind == "variant":
         print(json.dumps(_measure_variant(model, *(int(each) for each in numbers))))
+    elif kind == "tokens":
+        print(json.dumps(_measure_tokens(model, numbers)))
     else:
-        print(_measure_overhead(model, int(numbers[0])))
+        print(json.dumps(_measure_overhead(model, int(numbers[0]))))
     return 0
 
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,9 @@ class Server:
     model: str
     pid: int
     """Of the process that answers; ours has the model in a child."""
+    name: str = "ours"
+    log: str = ""
+    """Where it says what went wrong."""
 
 
 def cache() -> Path:
@@ -62,36 +65,48 @@ def model_file(shape: str, kind: str = "Q4_0") -> Path:
 
 
 @contextmanager
-def ours(model: Path, sequences: int, threads: int) -> Iterator[Server]:
-    """The daemon's service, its socket and a real worker. Caches and guessing as the peer has them: f16, none."""
+def ours(model: Path, sequences: int, threads: int, context: int = CONTEXT) -> Iterator[Server]:
+    """The daemon's service, its socket and a real worker. Caches and guessing as the peer has them: f16, none.
+
+    Args:
+        context: tokens per sequence.
+    """
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         folder = Path(name)
         settings = folder / "etc/ai-assistant/config.d"
         settings.mkdir(parents=True)
         (settings / "bench.toml").write_text(
-            f'[models]\nsequences = {sequences}\nthreads = {threads}\nkv_type = "f16"\nspeculative = "off"\n'
+            f"[models]\nsequences = {sequences}\ncontext_length = {context}\n"
+            f'threads = {threads}\nkv_type = "f16"\nspeculative = "off"\n'
             f"spill_memory_bytes = {512 << 20}\n[limits]\nstreams_per_caller = 256\ncalls_per_caller = 256\n"
         )
-        with Side("daemon", model, "--folder", name) as side:
-            yield Server(folder / "api.sock", side.ask(None), side._child.pid)
+        log = cache() / "serving-ours.log"
+        with Side("daemon", model, "--folder", name, log=log) as side:
+            yield Server(folder / "api.sock", side.ask(None), side._child.pid, "ours", str(log))
+
+
+def like_ours(sequences: int, context: int = CONTEXT) -> tuple[str, ...]:
+    """Settings of llama-server with room for as many sequences of the same context as ours."""
+    return ("-np", str(sequences), "-c", str(context * sequences))
 
 
 @contextmanager
-def llama_server(model: Path, sequences: int, threads: int) -> Iterator[Server]:
-    """The peer with its default settings, but for the threads, and room for as many sequences of the same context."""
+def llama_server(model: Path, settings: Sequence[str], threads: int) -> Iterator[Server]:
+    """The peer with these settings; everything else, and all of it where there are none, is its default."""
     folder = peer()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     command = [
         str(folder / "llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", str(port),
-        "-np", str(sequences), "-c", str(CONTEXT * sequences), "-t", str(threads), "-tb", str(threads),
+        "-t", str(threads), "-tb", str(threads), *settings,
     ]  # fmt: skip
-    with (cache() / "llama-server.log").open("wb") as log:
+    path = cache() / "llama-server.log"
+    with path.open("wb") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         _await_health(child, port)
-        yield Server(("127.0.0.1", port), "peer", child.pid)
+        yield Server(("127.0.0.1", port), "peer", child.pid, "llama-server", str(path))
     finally:
         child.terminate()
         try:
@@ -114,11 +129,11 @@ def _await_health(child: subprocess.Popen[bytes], port: int, timeout_s: float = 
     raise SystemExit(f"serving: llama-server did not start; see {cache() / 'llama-server.log'}")
 
 
-def peer() -> Path:
-    """The folder with llama-server; builds it when the cache has none."""
-    done = subprocess.run([str(_HERE / "llama-server")], stdout=subprocess.PIPE, text=True, check=False)
+def peer(script: str = "llama-server") -> Path:
+    """The folder with a peer; made by that script of this folder when the cache has none."""
+    done = subprocess.run([str(_HERE / script)], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit("serving: the peer cannot be built")
+        raise SystemExit(f"serving: the peer cannot be made: bench/{script}")
     return Path(done.stdout.strip().splitlines()[-1])
 
 
@@ -150,5 +165,5 @@ def python(*arguments: str, env: dict[str, str] | None = None) -> str:
         stdout=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"serving: {' '.join(arguments)} failed with {done.returncode}")
+        raise SystemExit(f"serving: {' '.join(arguments)} failed with {done.returncode}; what it said is above")
     return done.stdout

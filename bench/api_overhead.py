@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import json
 import os
@@ -63,15 +64,21 @@ class Timing:
 
 
 class Side:
-    """A child process that has the model; it says "ready" and ends with its standard input."""
+    """A child process that has the model; it says "ready" and ends with its standard input.
 
-    def __init__(self, role: str, model: Path, *more: str) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "bench.api_overhead", "--role", role, "--model", str(model), *more],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
-        )  # fmt: skip
+    Args:
+        log: where what it says to people goes; our own standard error if none.
+    """
+
+    def __init__(self, role: str, model: Path, *more: str, log: Path | None = None) -> None:
+        with contextlib.ExitStack() as stack:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "bench.api_overhead", "--role", role, "--model", str(model), *more],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
+                stderr=None if log is None else stack.enter_context(log.open("wb")),
+            )  # fmt: skip
         if self._line() != "ready":
-            raise SystemExit(f"api_overhead: the {role} side did not start")
+            raise SystemExit(f"api_overhead: the {role} side did not start" + (f"; see {log}" if log else ""))
 
     def _line(self) -> str:
         assert self._child.stdout is not None

@@ -46,14 +46,19 @@ class Bounds:
     high: float
 
 
-def pairs(ours: Callable[[int], T], other: Callable[[int], T], count: int) -> tuple[list[T], list[T]]:
+def pairs(
+    ours: Callable[[int], T], other: Callable[[int], T], count: int, *, least: int = MIN_PAIRS
+) -> tuple[list[T], list[T]]:
     """Run both `count` times in turn; who goes first alternates, so that neither always finds a warm machine.
 
+    Args:
+        least: pairs that the bounds need; fewer than `MIN_PAIRS` only where one takes minutes.
+
     Raises:
-        ValueError: fewer than `MIN_PAIRS`.
+        ValueError: fewer than that.
     """
-    if count < MIN_PAIRS:
-        raise ValueError(f"at least {MIN_PAIRS} pairs, not {count}")
+    if count < least:
+        raise ValueError(f"at least {least} pairs, not {count}")
     mine: list[T] = []
     theirs: list[T] = []
     for index in range(count):

@@ -130,3 +130,28 @@ def test_the_runner_knows_its_benches() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "nothing"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "api_overhead" in done.stderr
+
+
+def test_without_a_name_what_takes_very_long_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        started.append(command[2])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(runner.subprocess, "run", run)
+    assert runner.main([]) == 0
+    assert "bench.serving" in started
+    assert "bench.soak" not in started
+    assert "soak is left out" in capsys.readouterr().err
+    assert runner.main(["soak"]) == 0
+    assert started[-1] == "bench.soak"
+    assert capsys.readouterr().err == ""
+
+
+def test_fewer_pairs_only_where_that_is_said() -> None:
+    assert pairs(float, float, 5, least=5)[0] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="at least 5"):
+        pairs(float, float, 4, least=5)

@@ -14,9 +14,12 @@ import pytest
 
 from bench._load import Answer, LoadError, ask, conversations, decode_rate, percentile, poisson, usage_of
 from bench._records import Record, append, done, table
-from bench._servers import cpu_s, status_bytes
-from bench.harness import limit
-from bench.serving import PARTS, chosen_parts
+from bench._servers import CONTEXT, Server, cpu_s, status_bytes
+from bench._sizes import MIXED_TOKENS, MIXED_WORDS, SIZES, SLOT_TOKENS, TOKENS_PER_WORD, TRACE_TOKENS, expected_s
+from bench._transformers import anonymous_ranges, bytes_within
+from bench.harness import Row, limit
+from bench.serving import DEFAULT, LEAST_PAIRS, ONCE, PARTS, PartError, Plan, _compare, chosen_parts, in_turn
+from bench.serving import main as serving_main
 from bench.soak import growth
 
 
@@ -124,6 +127,78 @@ def test_records_survive_a_run_that_was_killed(tmp_path: Path) -> None:
 
 def test_parts_are_chosen_by_name() -> None:
     assert chosen_parts("prefill, decode") == ["decode", "prefill"]
-    assert chosen_parts("") == list(PARTS)
+    assert chosen_parts("") == [each for each in PARTS if each != "transformers"]
+    assert chosen_parts("transformers") == ["transformers"]
     with pytest.raises(argparse.ArgumentTypeError, match="speed"):
         chosen_parts("decode,speed")
+
+
+def test_the_whole_bench_ends_in_time() -> None:
+    parts = [(name, shape) for name in DEFAULT if name not in ONCE for shape in ("0.5B", "1B")]
+    whole = sum(expected_s(*each) for each in parts) + sum(expected_s(each, "0.5B") for each in DEFAULT if each in ONCE)
+    assert 30 * 60 < whole < 70 * 60
+    for name, shape in parts:
+        if name != "memory":
+            assert expected_s(name, shape, 21) > 2 * expected_s(name, shape, 5) * 0.75
+    with pytest.raises(KeyError):
+        expected_s("speed", "0.5B")
+    assert all(min(each.pairs, each.cheap_pairs) >= LEAST_PAIRS for each in SIZES.values())
+
+
+def test_what_is_asked_fits_the_peers_default_slots() -> None:
+    # A word is at most five bytes and a blank; random tokenizers read less than a token per byte and more than half.
+    assert all(TOKENS_PER_WORD * each + 8 + MIXED_TOKENS <= SLOT_TOKENS for each in MIXED_WORDS)
+    for sizes in SIZES.values():
+        asks = conversations(1, sizes.people, sizes.turns, sizes.shared_words, sizes.said_words, TRACE_TOKENS)
+        longest = max(len(each.prompt.split()) for each in asks)
+        assert TOKENS_PER_WORD * longest * 1.2 + TRACE_TOKENS < CONTEXT // 4
+        assert max(sizes.decode_tokens) + TOKENS_PER_WORD * 8 + 8 < 512
+
+
+def test_progress_is_told_after_each_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    mine, theirs = in_turn("trial", lambda index: index, lambda index: -index, 5)
+    assert (mine, theirs) == ([0, 1, 2, 3, 4], [0, -1, -2, -3, -4])
+    told = capsys.readouterr().err.splitlines()
+    assert [each.partition(",")[0] for each in told] == [f"serving:   trial: pair {each} of 5" for each in range(1, 6)]
+
+
+def test_a_sample_that_fails_names_its_side_and_its_log() -> None:
+    sides = tuple(Server(Path("/nowhere"), "m", 1, name, f"{name}.log") for name in ("ours", "llama-server"))
+    with pytest.raises(PartError, match=r"poisson: ours failed: no answer.*; its log: ours\.log"):
+        _compare("poisson", (sides[0], sides[1]), lambda side, index: 1.0, 5)
+
+
+def test_other_parts_go_on_when_one_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(plan: Plan) -> list[Row]:
+        raise PartError("decode: llama-server failed: why; its log: a.log")
+
+    monkeypatch.setattr("bench.serving.PATH", tmp_path / "r.jsonl")
+    monkeypatch.setitem(PARTS, "decode", broken)
+    monkeypatch.setitem(PARTS, "api", lambda plan: [limit("share", 0.01, 0.08, "x")])
+    monkeypatch.setattr("sys.argv", ["serving", "--only", "decode,api", "--shape", "1B", "--threads", "1"])
+    assert serving_main() == 1
+    out = capsys.readouterr()
+    assert "decode 1B failed: decode: llama-server failed: why; its log: a.log" in out.err
+    assert "minutes that are left" in out.err
+    assert "share" in out.out
+    assert list(done(tmp_path / "r.jsonl")) == [("api", "-")]
+    for bad in (["--pairs", "4"], ["--pairs", "-1"], ["--shape", "2B"]):
+        monkeypatch.setattr("sys.argv", ["serving", "--threads", "1", *bad])
+        with pytest.raises(SystemExit):
+            serving_main()
+
+
+def test_weights_count_only_where_no_file_stands_behind_them() -> None:
+    maps = (
+        "1000-2000 rw-p 00000000 00:00 0 \n"
+        "2000-3000 r--p 00000000 08:01 77   /a b/model.safetensors\n"
+        "5000-6000 rw-p 00000000 00:00 0    [heap]\n"
+    )
+    ranges = anonymous_ranges(maps)
+    assert ranges == [(0x1000, 0x2000), (0x5000, 0x6000)]
+    # The second is mapped; the last is the first again, as tied weights are.
+    blocks = [(0x1000, 100), (0x2000, 1000), (0x5FFF, 10), (0x6000, 5), (0x1000, 100)]
+    assert bytes_within(blocks, ranges) == 110
+    assert bytes_within([], ranges) == 0
