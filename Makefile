@@ -35,7 +35,7 @@ flash: $(if $(DEVICE),image) ## write the image to a stick or disk (DEVICE=/dev/
 shell: image ## a root shell in the appliance, with this checkout's Python
 	@$(TOOLBOX) python3 -m image.container shell --image "$$(image/build --print $(PROFILE))"
 
-bench: image ## measure the claims (BENCH=name for one)
+bench: image ## measure the claims (BENCH=name for one; soak only so)
 	@image/build production
 	@tests/overlay bench $(BENCH)
 

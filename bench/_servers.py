@@ -69,7 +69,7 @@ def ours(model: Path, sequences: int, threads: int, context: int = CONTEXT) -> I
     """The daemon's service, its socket and a real worker. Caches and guessing as the peer has them: f16, none.
 
     Args:
-        context: tokens per sequence.
+        context: tokens per sequence; 0 is the product's own choice.
     """
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         folder = Path(name)

@@ -62,10 +62,10 @@ SIZES = {
 }
 TRACE_TOKENS = 4
 MIXED_WORDS = tuple(7 * each for each in range(1, 9))
-"""Prompts of the memory part: at most 200 tokens with the answer, since llama-server's default divides the model's 2048
-tokens among 8 slots."""
+"""Prompts of the memory parts."""
 MIXED_TOKENS = 24
 SLOT_TOKENS = 256
+"""What ours has room for per sequence beside transformers, whose cache is as long as the longest of the batch."""
 
 
 def expected_s(part: str, shape: str, pairs: int = 0) -> float:

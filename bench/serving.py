@@ -292,8 +292,8 @@ def _our_memory(server: Server) -> float:
 
 def memory(plan: Plan) -> list[Row]:
     path = model_file(plan.shape, "F16")
-    # One after the other: two copies of what is resident would not fit small machines.
-    with ours(path, 8, plan.threads, SLOT_TOKENS) as server:
+    # One after the other: two copies of what is resident would not fit small machines. Both choose their contexts.
+    with ours(path, 8, plan.threads, 0) as server:
         mine = _our_memory(server)
     with llama_server(path, ("-np", "8"), plan.threads) as server:
         theirs = _our_memory(server)

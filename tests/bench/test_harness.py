@@ -141,7 +141,7 @@ def test_without_a_name_what_takes_very_long_is_left_out(
         started.append(command[2])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(runner.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     assert runner.main([]) == 0
     assert "bench.serving" in started
     assert "bench.soak" not in started

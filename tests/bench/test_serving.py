@@ -145,8 +145,7 @@ def test_the_whole_bench_ends_in_time() -> None:
     assert all(min(each.pairs, each.cheap_pairs) >= LEAST_PAIRS for each in SIZES.values())
 
 
-def test_what_is_asked_fits_the_peers_default_slots() -> None:
-    # A word is at most five bytes and a blank; random tokenizers read less than a token per byte and more than half.
+def test_what_is_asked_fits_the_contexts() -> None:
     assert all(TOKENS_PER_WORD * each + 8 + MIXED_TOKENS <= SLOT_TOKENS for each in MIXED_WORDS)
     for sizes in SIZES.values():
         asks = conversations(1, sizes.people, sizes.turns, sizes.shared_words, sizes.said_words, TRACE_TOKENS)
