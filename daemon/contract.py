@@ -117,7 +117,8 @@ class Service(Protocol):
 
         Args:
             keep_alive_s: how long the model stays loaded when nobody uses it afterwards, in seconds. None: as the
-                configuration says; 0: not at all; infinity: until memory is needed. The last request counts.
+                configuration says; 0: not at all; infinity: until memory is needed. Of one user the last request
+                counts, of several users the longest wish, and a pinned model stays.
 
         Raises:
             NoSuchModel, ContextOverflow, InvalidArgument, Busy, OutOfMemory, WorkerCrashed
@@ -127,14 +128,18 @@ class Service(Protocol):
         self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
     ) -> tuple[list[list[float]], int]: ...
 
-    async def rerank(self, name: str, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
+    async def rerank(
+        self, name: str, query: str, documents: Sequence[str], keep_alive_s: float | None = None
+    ) -> tuple[list[float], int]:
         """A score from 0 to 1 for each document, higher is better, and the number of tokens read.
 
         Raises:
             NotSupported: the model makes no such judgement.
         """
 
-    async def classify(self, name: str, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
+    async def classify(
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+    ) -> tuple[list[list[tuple[str, float]]], int]:
         """For each text its labels with their probabilities, likeliest first; and the number of tokens read.
 
         Raises:

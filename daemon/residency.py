@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ai_assistant.daemon.config import Config
-from ai_assistant.daemon.contract import Counters, ModelState
+from ai_assistant.daemon.contract import Counters, ModelState, caller
 from ai_assistant.daemon.registry import Entry
 from ai_assistant.daemon.room import MAX_WORKERS, Meters, Room
 from ai_assistant.daemon.slot import Slot, Worker
@@ -140,6 +140,7 @@ class Residency:
             InvalidArgument: a time to stay that is none.
         """
         check_keep_alive(keep_alive_s)
+        uid = caller.get()
         slot = self._slot(entry)
         if slot.draining:
             raise Busy(f"{entry.name} is being unloaded and takes no more requests", hint="try again in a moment")
@@ -151,7 +152,7 @@ class Residency:
         finally:
             slot.active -= 1
             slot.last_used = self._now()
-            slot.keep_s = keep_alive_s
+            slot.stay(uid, slot.last_used + (self._default_s() if keep_alive_s is None else keep_alive_s))
             slot.freed.set()
             self._schedule_idle()
 
@@ -243,6 +244,10 @@ class Residency:
         if slot is None or slot.entry is not entry:
             slot = self._slots[entry.name] = Slot(entry)
         return slot
+
+    def _default_s(self) -> float:
+        """How long a model stays when nobody uses it and nobody said how long."""
+        return self._config.models_idle_unload_s or math.inf
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -360,6 +365,7 @@ class Residency:
             slot.restart.cancel()
             slot.restart = None
         worker, slot.worker = slot.worker, None
+        slot.stays.clear()
         if slot.watch is not None:
             slot.watch.cancel()
             slot.watch = None
@@ -414,7 +420,7 @@ class Residency:
             self._idle_timer = None
         if not self._stopping:
             self._room.watch()
-        default_s = self._config.models_idle_unload_s or math.inf
+        default_s = self._default_s()
         due = [each.due(default_s) for each in self._slots.values() if self._room.evictable(each)]
         first = min(due, default=math.inf)
         if first < math.inf and not self._stopping:
@@ -424,7 +430,7 @@ class Residency:
     def _unload_idle(self) -> None:
         self._idle_timer = None
         now = self._now() + 0.01
-        default_s = self._config.models_idle_unload_s or math.inf
+        default_s = self._default_s()
         for slot in self._slots.values():
             if self._room.evictable(slot) and slot.due(default_s) <= now:
                 log.info("%s is idle", slot.entry.name, extra={"MODEL": slot.entry.name})

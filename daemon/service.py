@@ -142,14 +142,18 @@ class DaemonService:
         self._read(name, tokens)
         return vectors, tokens
 
-    async def rerank(self, name: str, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
-        async with self._counted(name) as worker:
+    async def rerank(
+        self, name: str, query: str, documents: Sequence[str], keep_alive_s: float | None = None
+    ) -> tuple[list[float], int]:
+        async with self._counted(name, keep_alive_s) as worker:
             scores, tokens = await worker.rerank(query, documents)
         self._read(name, tokens)
         return scores, tokens
 
-    async def classify(self, name: str, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
-        async with self._counted(name) as worker:
+    async def classify(
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+    ) -> tuple[list[list[tuple[str, float]]], int]:
+        async with self._counted(name, keep_alive_s) as worker:
             labels, tokens = await worker.classify(texts)
         self._read(name, tokens)
         return labels, tokens

@@ -62,8 +62,8 @@ class Slot:
     progress: list[Callable[[float], None]] = field(default_factory=list)
     active: int = 0
     last_used: float = 0.0
-    keep_s: float | None = None
-    """How long it stays when nobody uses it; None: as the configuration says, infinity: until memory is needed."""
+    stays: dict[int | None, float] = field(default_factory=dict)
+    """Until when each user who asked since it was loaded wants it to stay; infinity: until memory is needed."""
     draining: bool = False
     freed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set whenever somebody stops using it."""
@@ -86,8 +86,15 @@ class Slot:
         return self.worker is not None and self.active == 0
 
     def due(self, default_s: float) -> float:
-        """When a model that nobody uses is unloaded."""
-        return self.last_used + (default_s if self.keep_s is None else self.keep_s)
+        """When a model that nobody uses is unloaded: not before the last of those who asked can do without."""
+        return max(self.stays.values(), default=self.last_used + default_s)
+
+    def stay(self, uid: int | None, until: float) -> None:
+        """A user's last wish replaces that user's earlier ones, and nobody else's.
+
+        Who comes by the network is -1 and may be anybody, so there the longest wish counts.
+        """
+        self.stays[uid] = max(until, self.stays.get(uid, until)) if uid == -1 else until
 
     def score(self, now: float) -> float:
         """How well this one can be done without: the highest goes first.

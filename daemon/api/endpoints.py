@@ -115,17 +115,17 @@ class Endpoints:
         record = self._service.model(asked.model)
         answers.require(record, "rerank")
         async with exchange.while_waiting():
-            scores, tokens = await self._service.rerank(record.name, asked.query, asked.documents)
+            scores, tokens = await self._service.rerank(record.name, asked.query, asked.documents, asked.keep_alive_s)
             exchange.spend(tokens)
         made = answers.ranks(record.name, asked.documents, scores, tokens, asked.top_n, asked.return_documents)
         await exchange.respond(json_response(made))
 
     async def classify(self, exchange: Exchange) -> None:
-        model, given = texts.parse_classify(await exchange.json())
-        record = self._service.model(model)
+        asked = texts.parse_classify(await exchange.json())
+        record = self._service.model(asked.model)
         answers.require(record, "classify")
         async with exchange.while_waiting():
-            found, tokens = await self._service.classify(record.name, given)
+            found, tokens = await self._service.classify(record.name, asked.texts, asked.keep_alive_s)
             exchange.spend(tokens)
         await exchange.respond(json_response(answers.labels(record.name, found, tokens)))
 

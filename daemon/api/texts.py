@@ -25,6 +25,14 @@ class RerankRequest:
     documents: tuple[str, ...]
     top_n: int | None
     return_documents: bool
+    keep_alive_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyRequest:
+    model: str
+    texts: tuple[str, ...]
+    keep_alive_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +48,7 @@ def parse_rerank(body: Mapping[str, Any]) -> RerankRequest:
     Raises:
         InvalidArgument: with the parameter's path.
     """
-    known = frozenset({"model", "query", "documents", "top_n", "return_documents"})
+    known = frozenset({"model", "query", "documents", "top_n", "return_documents", "keep_alive"})
     params.check_names(body, known, frozenset({"user"}))
     model, query = params.text(body, "model"), params.text(body, "query")
     given = body.get("documents")
@@ -52,7 +60,8 @@ def parse_rerank(body: Mapping[str, Any]) -> RerankRequest:
     top_n = body.get("top_n")
     if top_n is not None and params.integer(top_n, "top_n") < 1:
         raise InvalidArgument("top_n must be at least 1", param="top_n")
-    return RerankRequest(model, query, documents, top_n, params.flag(body, "return_documents"))
+    wanted = params.flag(body, "return_documents")
+    return RerankRequest(model, query, documents, top_n, wanted, params.keep_alive(body))
 
 
 def _document(value: object, path: str) -> str:
@@ -68,13 +77,12 @@ def _document(value: object, path: str) -> str:
     return value
 
 
-def parse_classify(body: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The model, and the texts to classify.
-
+def parse_classify(body: Mapping[str, Any]) -> ClassifyRequest:
+    """
     Raises:
         InvalidArgument, NotSupported: with the parameter's path.
     """
-    params.check_names(body, frozenset({"model", "input", "labels"}), frozenset({"user"}))
+    params.check_names(body, frozenset({"model", "input", "labels", "keep_alive"}), frozenset({"user"}))
     model = params.text(body, "model")
     if body.get("labels") is not None:
         raise NotSupported("labels are the model's own", hint="leave labels out", param="labels")
@@ -87,7 +95,7 @@ def parse_classify(body: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     for index, each in enumerate(texts):
         if not isinstance(each, str) or not each:
             raise InvalidArgument(f"input[{index}] must be a text", param=f"input[{index}]")
-    return model, tuple(texts)
+    return ClassifyRequest(model, tuple(texts), params.keep_alive(body))
 
 
 def parse_tokenize(body: Mapping[str, Any]) -> TokenizeRequest:

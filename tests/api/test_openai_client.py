@@ -225,6 +225,13 @@ async def test_classify(client: AsyncOpenAI, ranker: str) -> None:
     assert answer["usage"]["total_tokens"] == 3
 
 
+async def test_ranking_and_classifying_say_how_long_the_model_stays(api: Api, client: AsyncOpenAI, ranker: str) -> None:
+    more = {"model": ranker, "keep_alive": "5m"}
+    await client.post("/rerank", body={**more, "query": "q", "documents": ["d"]}, cast_to=object)
+    await client.post("/classify", body={**more, "keep_alive": 0, "input": "x"}, cast_to=object)
+    assert api.service.kept == [300.0, 0.0]
+
+
 async def test_what_the_model_cannot_do_is_refused_before_it_is_loaded(client: AsyncOpenAI, ranker: str) -> None:
     with pytest.raises(openai.InternalServerError, match="does not generate text"):
         await client.chat.completions.create(model=ranker, messages=USER)

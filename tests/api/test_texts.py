@@ -31,6 +31,8 @@ from ai_assistant.errors import InvalidArgument, NotSupported
         ({"top_n": 1.5}, "top_n"),
         ({"top_n": True}, "top_n"),
         ({"return_documents": 1}, "return_documents"),
+        ({"keep_alive": -2}, "keep_alive"),
+        ({"keep_alive": "soon"}, "keep_alive"),
         ({"rank_fields": []}, "rank_fields"),
         ({"model": None}, "model"),
     ],
@@ -55,6 +57,8 @@ def test_documents_are_texts_or_have_them() -> None:
         ({"input": ["a", 1]}, "input[1]"),
         ({"input": ["a"] * 2049}, "input"),
         ({"labels": ["x"]}, "labels"),
+        ({"keep_alive": float("nan")}, "keep_alive"),
+        ({"keep_alive": True}, "keep_alive"),
         ({"top_k": 1}, "top_k"),
     ],
 )

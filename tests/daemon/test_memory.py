@@ -12,7 +12,7 @@ import pytest
 
 from ai_assistant.daemon import room as room_module
 from ai_assistant.daemon.config import Config
-from ai_assistant.daemon.contract import Counters, ModelState
+from ai_assistant.daemon.contract import Counters, ModelState, caller
 from ai_assistant.daemon.fitting import fitting, least_bytes
 from ai_assistant.daemon.pins import Pins
 from ai_assistant.daemon.pressure import Gauge, Relief, some_avg10
@@ -185,6 +185,67 @@ async def test_keep_alive_is_the_last_requests(lab: Lab, config: Config, entries
     async with asyncio.timeout(5):
         while residency.state("a:1")[0] is not ModelState.UNLOADED:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+    await residency.close()
+
+
+async def _ask_as(uid: int, residency: Residency, entry: Entry, keep_s: float | None) -> None:
+    async def asking() -> None:
+        caller.set(uid)
+        async with residency.use(entry, keep_s):
+            pass
+
+    await asyncio.create_task(asking())
+
+
+@pytest.mark.parametrize("other_s", [None, 600.0, math.inf])
+async def test_nobody_unloads_what_another_user_wants_to_stay(
+    lab: Lab, config: Config, entries: dict[str, Entry], other_s: float | None
+) -> None:
+    residency = Residency(
+        dataclasses.replace(config, models_idle_unload_s=600), lab.connect, Meters(lambda: lab.free), Counters()
+    )
+    await _ask_as(1000, residency, entries["a"], other_s)
+    await _ask_as(1001, residency, entries["a"], 0.0)
+    await asyncio.sleep(0.1)
+    assert residency.state("a:1")[0] is ModelState.LOADED
+    # The other gives it up, and then it goes.
+    await _ask_as(1000, residency, entries["a"], 0.0)
+    async with asyncio.timeout(5):
+        while residency.state("a:1")[0] is not ModelState.UNLOADED:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await residency.close()
+
+
+async def test_wishes_end_with_the_load(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = Residency(
+        dataclasses.replace(config, models_idle_unload_s=600), lab.connect, Meters(lambda: lab.free), Counters()
+    )
+    await _ask_as(1000, residency, entries["a"], math.inf)
+    await residency.unload("a:1")
+    await _ask_as(1001, residency, entries["a"], 0.0)
+    async with asyncio.timeout(5):
+        while residency.state("a:1")[0] is not ModelState.UNLOADED:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await residency.close()
+
+
+async def test_from_the_network_the_longest_wish_counts(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    """All of its keys are one caller to the daemon."""
+    residency = Residency(config, lab.connect, Meters(lambda: lab.free), Counters())
+    await _ask_as(-1, residency, entries["a"], 600.0)
+    await _ask_as(-1, residency, entries["a"], 0.0)
+    await asyncio.sleep(0.1)
+    assert residency.state("a:1")[0] is ModelState.LOADED
+    await residency.close()
+
+
+async def test_a_pinned_model_stays_whatever_anybody_wishes(
+    lab: Lab, config: Config, entries: dict[str, Entry]
+) -> None:
+    residency = Residency(config, lab.connect, Meters(lambda: lab.free), Counters(), pinned=lambda name: name == "a:1")
+    await _ask_as(1000, residency, entries["a"], 0.0)
+    await asyncio.sleep(0.1)
+    assert residency.state("a:1")[0] is ModelState.LOADED
     await residency.close()
 
 

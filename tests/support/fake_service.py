@@ -62,7 +62,7 @@ class FakeService:
         self.errors: dict[str, BaseException] = {}
         self.requests: list[GenerateRequest] = []
         self.kept: list[float | None] = []
-        """The `keep_alive_s` of each generation and embedding."""
+        """The `keep_alive_s` of each request that may say it."""
         self.engine_stats = EngineStats(running=1, sequences=4, kv_cells=8192, kv_used=100, decode_tokens_per_s=12.5)
         self.begun = 0
         self.finished = 0
@@ -114,14 +114,20 @@ class FakeService:
     async def detokenize(self, name: str, tokens: Sequence[int]) -> str:
         return " ".join("x" * each for each in tokens)
 
-    async def rerank(self, name: str, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
+    async def rerank(
+        self, name: str, query: str, documents: Sequence[str], keep_alive_s: float | None = None
+    ) -> tuple[list[float], int]:
         """The share of the query's words that a document has."""
         self._maybe_raise(query)
+        self.kept.append(keep_alive_s)
         wanted = set(query.split())
         return [len(wanted & set(each.split())) / len(wanted) for each in documents], len(documents) * len(wanted)
 
-    async def classify(self, name: str, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
+    async def classify(
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+    ) -> tuple[list[list[tuple[str, float]]], int]:
         self._maybe_raise(texts[0])
+        self.kept.append(keep_alive_s)
         return [[("long", 0.75), ("short", 0.25)] for _ in texts], sum(len(text.split()) for text in texts)
 
     async def stats(self) -> Mapping[str, EngineStats]:
