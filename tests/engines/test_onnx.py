@@ -272,6 +272,20 @@ class TestDamage:
         with pytest.raises(InvalidModel):
             OnnxEngine.open(tmp_path)
 
+    def test_a_graph_that_goes_round_in_circles(self, tmp_path: Path) -> None:
+        writer.write_folder(tmp_path)
+        inputs = [writer.value_info(each, 7, ("b", "l")) for each in ("input_ids", "attention_mask")]
+        nodes = [
+            writer.node("Cast", ["input_ids"], ["x"], to=1),
+            writer.node("Add", ["x", "b"], ["a"]),
+            writer.node("Add", ["x", "a"], ["b"]),
+            writer.node("Identity", ["b"], ["last_hidden_state"]),
+        ]
+        data = writer.model(nodes, [], inputs, [writer.value_info("last_hidden_state", 1, ("b", "l", 32))])
+        (tmp_path / "model.onnx").write_bytes(data)
+        with pytest.raises(InvalidModel, match="ONNX Runtime"):
+            OnnxEngine.open(tmp_path)
+
     def test_mutants_do_not_end_the_process(self, tmp_path: Path) -> None:
         writer.write_folder(tmp_path)
         whole = (tmp_path / "model.onnx").read_bytes()
