@@ -104,7 +104,14 @@ def _memory(found: Model) -> str:
 @app.command("import", cls=Command)
 def import_model(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A GGUF file, or an ONNX model: its folder, or an uncompressed .tar or .zip of that.",
+            show_default=False,
+        ),
+    ],
     name: Annotated[
         str, typer.Option("--name", "-n", metavar="NAME", help="name or name:version; default: from the file's name.")
     ] = "",
@@ -117,6 +124,7 @@ def import_model(
     Examples:
       ai-assistant model import qwen2.5-0.5b-instruct-q4_0.gguf
       ai-assistant model import model.gguf --name helper:2
+      ai-assistant model import ./all-MiniLM-L6-v2 --name minilm
     """
     from ai_assistant._results import slug
     from ai_assistant.client import Client
