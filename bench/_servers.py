@@ -76,12 +76,11 @@ def ours(model: Path, sequences: int, threads: int, context: int = CONTEXT) -> I
         settings = folder / "etc/ai-assistant/config.d"
         settings.mkdir(parents=True)
         (settings / "bench.toml").write_text(
-            f"[models]\nsequences = {sequences}\ncontext_length = {context}\n"
-            f'threads = {threads}\nkv_type = "f16"\nspeculative = "off"\n'
+            f'[models]\nsequences = {sequences}\nthreads = {threads}\nkv_type = "f16"\nspeculative = "off"\n'
             f"spill_memory_bytes = {512 << 20}\n[limits]\nstreams_per_caller = 256\ncalls_per_caller = 256\n"
         )
         log = cache() / "serving-ours.log"
-        with Side("daemon", model, "--folder", name, log=log) as side:
+        with Side("daemon", model, "--folder", name, "--context", str(context), log=log) as side:
             yield Server(folder / "api.sock", side.ask(None), side._child.pid, "ours", str(log))
 
 

@@ -191,7 +191,7 @@ def serve_bare(model: Path) -> None:
         print(json.dumps([timing.first, timing.last, timing.tokens]), flush=True)
 
 
-async def serve_daemon(model: Path, path: Path, folder: Path) -> None:
+async def serve_daemon(model: Path, path: Path, folder: Path, context: int) -> None:
     """Role "daemon": the daemon's service and its socket, with real workers; only the bus is left out."""
     from ai_assistant.daemon.api.server import serve
     from tests.support.local_service import local_service
@@ -200,7 +200,7 @@ async def serve_daemon(model: Path, path: Path, folder: Path) -> None:
     stop = asyncio.Event()
     async with local_service(folder) as service:
         # The service takes the descriptor.
-        entry = await service.open_model(os.open(model, os.O_RDONLY), "bench", _CONTEXT, ":1.0")
+        entry = await service.open_model(os.open(model, os.O_RDONLY), "bench", context, ":1.0")
         await service.residency.load(entry)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
@@ -281,12 +281,13 @@ def main() -> int:
     parser.add_argument("--role", choices=("bare", "daemon"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--context", type=int, default=_CONTEXT, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.role == "bare":
         serve_bare(chosen.model)
         return 0
     if chosen.role == "daemon":
-        asyncio.run(serve_daemon(chosen.model, chosen.folder / "api.sock", chosen.folder))
+        asyncio.run(serve_daemon(chosen.model, chosen.folder / "api.sock", chosen.folder, chosen.context))
         return 0
     return report(measure(chosen.pairs, chosen.tokens), as_json=chosen.json)
 
