@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,48 @@ def test_grammar_bombs_are_refused_or_kept_to_and_the_next_is_answered(client: O
             refused += 1
         assert chat(client, max_tokens=1).usage.completion_tokens == 1
     assert refused
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 200_000, " " * 200_000, "\u200d\U0001f642" * 60_000, "<|end|" * 30_000, FORGED * 3_000, "\x00" * 200_000],
+)
+def test_token_bombs(client: OpenAI, text: str) -> None:
+    """Texts that are hard to cut into tokens: they are cut, or refused by name, and the next request is answered."""
+    try:
+        found = root(client, "/tokenize", {"model": MODEL, "content": text})
+    except openai.BadRequestError:
+        pass
+    else:
+        assert found["count"] == len(found["tokens"]) > 1000
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, messages=[{"role": "user", "content": text}])
+    assert caught.value.code == "ContextOverflow"
+    assert chat(client, max_tokens=1).usage.completion_tokens == 1
+
+
+def test_a_full_queue_is_a_rate_limit_with_the_time_to_wait(serving: World, client: OpenAI) -> None:
+    """More long answers than run and wait at once; those that were refused say when to come back, the others end."""
+
+    start = threading.Barrier(24)
+
+    def one(number: int) -> tuple[int, str]:
+        http: Any = httpx.Client(transport=httpx.HTTPTransport(uds=str(serving.api)), timeout=300)
+        with OpenAI(base_url="http://x/v1", api_key="none", http_client=http, max_retries=0) as own:
+            start.wait()
+            try:
+                chat(own, n=8, max_tokens=60, seed=number, extra_body={"ignore_eos": True})
+            except openai.RateLimitError as error:
+                return error.status_code, error.response.headers["retry-after"]
+            return 200, ""
+
+    with ThreadPoolExecutor(24) as pool:
+        ends = list(pool.map(one, range(24)))
+    refused = [float(wait) for status, wait in ends if status == 429]
+    assert refused
+    assert all(each > 0 for each in refused)
+    assert any(status == 200 for status, _ in ends)
+    assert chat(client, max_tokens=1).usage.completion_tokens == 1
 
 
 def test_users_cannot_write_roles(client: OpenAI) -> None:
