@@ -44,13 +44,13 @@ def overhead(model: Path, tokens: int) -> dict[str, float]:
     return {name: float(each) for (name, *_), each in zip(OVERHEAD_CASES, found, strict=True)}
 
 
-def estimate(model: Path, sequences: int, threads: int) -> int:
+def estimate(model: Path, sequences: int, threads: int, context: int) -> int:
     """Bytes that the product says the model will take."""
     from ai_assistant.engines import gguf_rules, memory
     from ai_assistant.engines.contract import LoadOptions
     from ai_assistant.engines.gguf import opened, read_gguf
 
-    options = LoadOptions(context_length=CONTEXT, sequences=sequences, threads=threads, kv_type="f16")
+    options = LoadOptions(context_length=context, sequences=sequences, threads=threads, kv_type="f16")
     with opened(str(model)) as fd:
         header = read_gguf(fd)
     return int(gguf_rules.estimate_memory_bytes(header, memory.settled(gguf_rules.memory_shape(header), options)))

@@ -65,11 +65,12 @@ def model_file(shape: str, kind: str = "Q4_0") -> Path:
 
 
 @contextmanager
-def ours(model: Path, sequences: int, threads: int, context: int = CONTEXT) -> Iterator[Server]:
+def ours(model: Path, sequences: int, threads: int, context: int = CONTEXT, aside_bytes: int = 0) -> Iterator[Server]:
     """The daemon's service, its socket and a real worker. Caches and guessing as the peer has them: f16, none.
 
     Args:
         context: tokens per sequence; 0 is the product's own choice.
+        aside_bytes: memory for states of idle conversations.
     """
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         folder = Path(name)
@@ -77,7 +78,7 @@ def ours(model: Path, sequences: int, threads: int, context: int = CONTEXT) -> I
         settings.mkdir(parents=True)
         (settings / "bench.toml").write_text(
             f'[models]\nsequences = {sequences}\nthreads = {threads}\nkv_type = "f16"\nspeculative = "off"\n'
-            f"spill_memory_bytes = {512 << 20}\n[limits]\nstreams_per_caller = 256\ncalls_per_caller = 256\n"
+            f"spill_memory_bytes = {aside_bytes}\n[limits]\nstreams_per_caller = 256\ncalls_per_caller = 256\n"
         )
         log = cache() / "serving-ours.log"
         with Side("daemon", model, "--folder", name, "--context", str(context), log=log) as side:

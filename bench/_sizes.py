@@ -64,8 +64,8 @@ TRACE_TOKENS = 4
 MIXED_WORDS = tuple(7 * each for each in range(1, 9))
 """Prompts of the memory parts."""
 MIXED_TOKENS = 24
-SLOT_TOKENS = 256
-"""What ours has room for per sequence beside transformers, whose cache is as long as the longest of the batch."""
+SEVEN_CONTEXT, SEVEN_WORDS = 512, 150
+"""Of the model of 7 B: the prompt nearly fills the context."""
 
 
 def expected_s(part: str, shape: str, pairs: int = 0) -> float:
@@ -78,7 +78,7 @@ def expected_s(part: str, shape: str, pairs: int = 0) -> float:
         return 90.0
     if part == "seven":
         speed = SPEEDS["7B"]
-        return speed.start_s + _tokens(8) / speed.prefill + 32 / speed.decode[0]
+        return speed.start_s + _tokens(SEVEN_WORDS) / speed.prefill + 32 / speed.decode[0]
     speed, sizes = SPEEDS[shape], SIZES[shape]
     many, few = pairs or sizes.cheap_pairs, pairs or sizes.pairs
     start = 2 * speed.start_s

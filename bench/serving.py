@@ -66,8 +66,9 @@ from bench._servers import (
 from bench._sizes import (
     MIXED_TOKENS,
     MIXED_WORDS,
+    SEVEN_CONTEXT,
+    SEVEN_WORDS,
     SIZES,
-    SLOT_TOKENS,
     STREAMS,
     TRACE_TOKENS,
     Sizes,
@@ -80,6 +81,8 @@ T = TypeVar("T")
 API_SHARE, API_RATE = 0.08, 200.0
 OVERHEAD_US = 60.0
 LEAST_PAIRS = 5
+_ASIDE = 512 << 20
+"""Bytes for states of idle conversations; the peer's default is 8 GiB."""
 _TRACE_GOAL = 1 / 1.5
 _TRANSFORMERS_GOAL = 0.6
 _SHORT = 512
@@ -119,13 +122,18 @@ Sides = tuple[Server, Server]
 
 
 def _sides(
-    stack: ExitStack, plan: Plan, sequences: int, context: int, settings: tuple[str, ...] | None = None
+    stack: ExitStack,
+    plan: Plan,
+    sequences: int,
+    context: int,
+    settings: tuple[str, ...] | None = None,
+    aside_bytes: int = 0,
 ) -> Sides:
     """Both, with room for as many sequences of that context, unless the peer gets settings of its own."""
     path = model_file(plan.shape)
     chosen = like_ours(sequences, context) if settings is None else settings
     return (
-        stack.enter_context(ours(path, sequences, plan.threads, context)),
+        stack.enter_context(ours(path, sequences, plan.threads, context, aside_bytes)),
         stack.enter_context(llama_server(path, chosen, plan.threads)),
     )
 
@@ -226,7 +234,7 @@ def trace(plan: Plan) -> list[Row]:
     """More conversations than sequences, so that most come back after somebody else had their place."""
     with ExitStack() as stack:
         # The peer's own choice is four slots that share one cache of the model's 2048 tokens. Ours has as many.
-        sides = _sides(stack, plan, 4, CONTEXT // 4, ())
+        sides = _sides(stack, plan, 4, CONTEXT // 4, (), _ASIDE)
         sizes = plan.sizes
 
         def sample(side: Server, index: int) -> float:
@@ -304,7 +312,7 @@ def transformers(plan: Plan) -> list[Row]:
     shape = "tiny" if plan.tiny else "0.5B"
     path = model_file(shape, "F16")
     prompts = _engine.tokens_of(path, mixed())
-    with ours(path, 8, plan.threads, SLOT_TOKENS) as server:
+    with ours(path, 8, plan.threads, 0) as server:
         mine = _our_memory(server)
     folder = cache() / f"random-{shape}-transformers-v1"
     found = _engine.transformers(folder, SHAPES[shape], prompts, MIXED_TOKENS, plan.threads)
@@ -316,9 +324,11 @@ def transformers(plan: Plan) -> list[Row]:
 
 def seven(plan: Plan) -> list[Row]:
     path = model_file("tiny" if plan.tiny else "7B")
-    estimated = _engine.estimate(path, 1, plan.threads)
-    with ours(path, 1, plan.threads) as server:
-        found = asyncio.run(together(server.address, server.model, [words(1, 8)], plan.less(32, 4)))
+    estimated = _engine.estimate(path, 1, plan.threads, SEVEN_CONTEXT)
+    with ours(path, 1, plan.threads, SEVEN_CONTEXT) as server:
+        # The estimate is of a full cache, and memory is taken as the cache fills.
+        prompt = words(1, plan.less(SEVEN_WORDS, 8))
+        found = asyncio.run(together(server.address, server.model, [prompt], plan.less(32, 4)))
         rate = decode_rate(found)
         used = sum(memory_of(each, "VmRSS") for each in children(server.pid))
     share = rate * path.stat().st_size / _engine.bandwidth()

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 _TRIM_S = 5.0
 """A worker that does not give back its caches in this time keeps them."""
+_STATS_S = 1.0
+"""A worker that does not say in this time how much of its cache is still to be taken counts with all of it."""
 _WATCH_S = 5.0
 """How often memory pressure is looked at while an idle model is loaded."""
 MAX_WORKERS = 30
@@ -83,10 +85,12 @@ class Room:
                 if full and not idle:
                     raise Busy(f"{workers} models are in use", hint="wait until one of them has answered")
                 options, free, fits = memory.settled(shape, wanted), 0, True
+                untouched = await self._untouched()
                 available = self._available()
                 if available is not None:
-                    # Others that load now have not taken their memory yet, and it is promised to them.
-                    free = available - _resident(promised)
+                    # Others that load now have not taken their memory yet, and it is promised to them; those that are
+                    # loaded may fill their caches.
+                    free = available - _resident(promised) - untouched
                     room = free - self._reserve
                     found = fitting(shape, wanted, room + _resident(idle))
                     if found is None:
@@ -107,6 +111,21 @@ class Room:
                 await self._drop(victim)
                 needed = memory.estimate(shape, options).total_bytes
                 await self._settled(needed + self._reserve + _resident(promised))
+
+    async def _untouched(self) -> int:
+        """Bytes of caches of loaded models that are taken when they fill."""
+        loaded = [each for each in self._slots if each.worker is not None and not each.promised]
+        return sum(await asyncio.gather(*(self._untouched_of(each) for each in loaded)))
+
+    async def _untouched_of(self, slot: Slot) -> int:
+        if slot.worker is None:
+            return 0
+        try:
+            async with asyncio.timeout(_STATS_S):
+                return (await slot.worker.stats()).kv_untouched_bytes
+        except (TimeoutError, AIAssistantError):
+            # It does not say: perhaps all but the weights.
+            return max(0, slot.resident_bytes - slot.entry.memory.weights_bytes)
 
     def evictable(self, slot: Slot) -> bool:
         """Loaded, used by nobody, and not pinned."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from ai_assistant.engines.batch import Batch
 from ai_assistant.engines.native import last_messages
+from ai_assistant.engines.pages import Fresh, opening
 from ai_assistant.engines.sampling import Logits, Scratch
 from ai_assistant.engines.threads import ThreadControl
 from ai_assistant.errors import OutOfMemory
@@ -35,6 +36,9 @@ class Context(Protocol):
     def open(self) -> None: ...
 
     def close(self) -> None: ...
+
+    @property
+    def untouched_bytes(self) -> int: ...
 
     @property
     def scratch(self) -> Scratch: ...
@@ -84,6 +88,7 @@ class NativeContext:
         self._logits: Logits | None = None
         self._batch: Any = None
         self._bound: Batch | None = None
+        self._fresh = Fresh()
         self._copied: set[int] = set()
         """Sequences into which the next decode copies first."""
         self._threads = ThreadControl(shape.threads)
@@ -120,22 +125,30 @@ class NativeContext:
             # The library reads quantised values in its fused attention only.
             parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         last_messages()
-        native = lib.llama_init_from_model(self._model, parameters)
+        with opening() as fresh:
+            native = lib.llama_init_from_model(self._model, parameters)
         if not native:
             raise OutOfMemory(
                 f"no context of {shape.sequences} × {shape.cells} tokens ({shape.kv_type}): {last_messages()[:300]}",
                 hint="load with a smaller context_length or fewer sequences, or kv_type f16",
             )
-        self._native = native
+        self._native, self._fresh = native, fresh
+        fresh.give_back()
         self._threads_set = shape.threads
         self._memory = lib.llama_get_memory(native)
         self._logits = Logits(lib, native, self._vocabulary)
+
+    @property
+    def untouched_bytes(self) -> int:
+        """Memory of the caches that is taken when they fill."""
+        return self._fresh.untouched_bytes()
 
     def close(self) -> None:
         """Free the caches; idempotent."""
         if self._native is not None:
             native, self._native, self._memory, self._logits = self._native, None, None, None
             self._copied.clear()
+            self._fresh = Fresh()
             self._lib.llama_free(native)
             give_back()
 

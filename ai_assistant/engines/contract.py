@@ -276,6 +276,8 @@ class EngineStats:
     kv_cells: int = 0
     """Tokens that the cache has room for."""
     kv_used: int = 0
+    kv_untouched_bytes: int = 0
+    """Memory of the cache that is taken only when it fills."""
     prefix_hits: int = 0
     """Prompts of which something was in the cache."""
     prefix_tokens: int = 0

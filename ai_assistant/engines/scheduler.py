@@ -150,6 +150,7 @@ class Scheduler:
             sequences=len(self._slots),
             kv_cells=self._context_length * len(self._slots),
             kv_used=sum(each.length for each in self._slots),
+            kv_untouched_bytes=self._context.untouched_bytes,
             prefix_hits=caches.prefix_hits,
             prefix_tokens=caches.prefix_tokens,
             spilled_bytes=self._spill.size_bytes,

@@ -15,7 +15,14 @@ import pytest
 from bench._load import Answer, LoadError, ask, conversations, decode_rate, percentile, poisson, usage_of
 from bench._records import Record, append, done, table
 from bench._servers import CONTEXT, Server, cpu_s, status_bytes
-from bench._sizes import MIXED_TOKENS, MIXED_WORDS, SIZES, SLOT_TOKENS, TOKENS_PER_WORD, TRACE_TOKENS, expected_s
+from bench._sizes import (
+    SEVEN_CONTEXT,
+    SEVEN_WORDS,
+    SIZES,
+    TOKENS_PER_WORD,
+    TRACE_TOKENS,
+    expected_s,
+)
 from bench._transformers import anonymous_ranges, bytes_within
 from bench.harness import Row, limit
 from bench.serving import DEFAULT, LEAST_PAIRS, ONCE, PARTS, PartError, Plan, _compare, chosen_parts, in_turn
@@ -146,7 +153,7 @@ def test_the_whole_bench_ends_in_time() -> None:
 
 
 def test_what_is_asked_fits_the_contexts() -> None:
-    assert all(TOKENS_PER_WORD * each + 8 + MIXED_TOKENS <= SLOT_TOKENS for each in MIXED_WORDS)
+    assert TOKENS_PER_WORD * SEVEN_WORDS + 8 + 32 <= SEVEN_CONTEXT
     for sizes in SIZES.values():
         asks = conversations(1, sizes.people, sizes.turns, sizes.shared_words, sizes.said_words, TRACE_TOKENS)
         longest = max(len(each.prompt.split()) for each in asks)

@@ -51,6 +51,7 @@ class Lab:
     def __init__(self) -> None:
         self.workers: list[Scripted] = []
         self.free = 1000 * MIB
+        self.untouched = 0
         self.load_s = 0.01
         self.fail: AIAssistantError | None = None
         self.gate = asyncio.Event()
@@ -117,7 +118,7 @@ class Scripted:
         return [[("a", 1.0)] for _ in texts], len(texts)
 
     async def stats(self) -> EngineStats:
-        return EngineStats(running=1)
+        return EngineStats(running=1, kv_untouched_bytes=self.lab.untouched)
 
     async def trim(self) -> int:
         return 0
@@ -396,6 +397,21 @@ async def test_mapped_weights_are_not_available(lab: Lab, config: Config, entrie
     await asyncio.gather(*running)
     await ask(residency, entries["d"])
     assert len(lab.alive) == 3
+
+
+async def test_caches_that_may_fill_are_not_available(lab: Lab, config: Config, entries: dict[str, Entry]) -> None:
+    residency = make(lab, config)
+    lab.gate.clear()
+    lab.untouched = 200 * MIB
+    running = [asyncio.ensure_future(ask(residency, entries[name])) for name in "ab"]
+    await asyncio.sleep(0.1)
+    # 400 MiB are free, all of which the two may take yet.
+    with pytest.raises(OutOfMemory):
+        await ask(residency, entries["c"])
+    lab.untouched = 0
+    third = asyncio.ensure_future(ask(residency, entries["c"]))
+    lab.gate.set()
+    await asyncio.gather(*running, third)
 
 
 async def test_workers_are_bounded(

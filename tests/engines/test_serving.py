@@ -200,12 +200,35 @@ def test_the_end_may_be_ignored(alone: LlamaEngine) -> None:
         assert last.usage.completion_tokens == 200
 
 
-def test_trimming_gives_memory_back_and_the_next_answer_is_the_same(tmp_path: Path) -> None:
-    path = gguf_writer.write_llama(tmp_path / "long.gguf", context=32_768)
-    with LlamaEngine.open(path, LoadOptions(sequences=4, threads=1, context_length=32_768)) as engine:
+_LONG = 32_768
+_LONG_CACHE_BYTES = 4 * _LONG * 2 * 2 * 128 * 2
+
+
+def test_a_cache_takes_memory_as_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = gguf_writer.write_llama(tmp_path / "long.gguf", context=_LONG)
+    options = LoadOptions(sequences=4, threads=1, context_length=_LONG)
+    with LlamaEngine.open(path, options) as engine:
+        untouched = engine.stats().kv_untouched_bytes
+        assert untouched > 0.9 * _LONG_CACHE_BYTES
+        found = _entries(engine, "hello " * 40)[0]
+        after = engine.stats().kv_untouched_bytes
+        assert 0.9 * untouched < after < untouched
+    monkeypatch.setattr("ai_assistant.engines.pages.Fresh.give_back", lambda _fresh: 0)
+    with LlamaEngine.open(path, options) as engine:
+        assert engine.stats().kv_untouched_bytes < 0.1 * _LONG_CACHE_BYTES
+        assert _entries(engine, "hello " * 40)[0] == found
+
+
+def test_trimming_gives_memory_back_and_the_next_answer_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As after long conversations: all of the cache is in memory.
+    monkeypatch.setattr("ai_assistant.engines.pages.Fresh.give_back", lambda _fresh: 0)
+    path = gguf_writer.write_llama(tmp_path / "long.gguf", context=_LONG)
+    with LlamaEngine.open(path, LoadOptions(sequences=4, threads=1, context_length=_LONG)) as engine:
         before = _entries(engine, "hello")[0]
         # Half of what the caches took is a safe bound.
-        assert engine.trim() > 4 * 32_768 * 2 * 2 * 128 * 2 // 2
+        assert engine.trim() > _LONG_CACHE_BYTES // 2
         assert engine.trim() < 16 << 20
         _assert_same(_entries(engine, "hello")[0], before)
 

@@ -45,6 +45,7 @@ class FakeContext:
     ) -> None:
         self.whole = whole
         self.scratch: Any = None
+        self.untouched_bytes = 0
         self.rows: list[list[int]] = [[] for _ in range(sequences)]
         self.batches: list[list[tuple[int, int]]] = []
         """Of each batch: sequence and tokens, in order."""

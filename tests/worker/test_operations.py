@@ -17,7 +17,8 @@ from tests.worker.test_protocol import _pair
 from tests.worker.test_stuck import _spawn, scripted_worker
 
 _STATS = {
-    "running": 1, "waiting": 0, "sequences": 4, "kv_cells": 8, "kv_used": 2, "prefix_hits": 0, "prefix_tokens": 0,
+    "running": 1, "waiting": 0, "sequences": 4, "kv_cells": 8, "kv_used": 2, "kv_untouched_bytes": 0,
+    "prefix_hits": 0, "prefix_tokens": 0,
     "spilled_bytes": 0, "restored": 0, "draft_tokens": 0, "draft_accepted": 0, "prefill_tokens_per_s": 1.5,
     "decode_tokens_per_s": 2,
 }  # fmt: skip
