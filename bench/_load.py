@@ -180,7 +180,27 @@ async def one_by_one(address: Address, model: str, trace: Sequence[Ask]) -> list
 
 
 def decode_rate(answers: Sequence[Answer]) -> float:
-    """Tokens per second of all streams, from the first one's first token to the last one's end."""
+    """Tokens per second of all streams, from the first one's first token to the last one's end.
+
+    Of several streams this also counts the reading of later prompts: see `rate_between`.
+    """
     begin = min(each.begin + each.first for each in answers)
-    end = max(each.begin + each.last for each in answers)
-    return sum(each.tokens - 1 for each in answers) / (end - begin)
+    return sum(each.tokens - 1 for each in answers) / (_end(answers) - begin)
+
+
+def rate_between(short: Sequence[Answer], long: Sequence[Answer]) -> float:
+    """Tokens per second that the longer answers to prompts of equal length took beyond the short ones.
+
+    What both have, reading the prompts in whatever order, cancels out: a server that lets the first stream write while
+    it reads for the next is not worse for it.
+    """
+    more = sum(each.tokens for each in long) - sum(each.tokens for each in short)
+    return more / (_took(long) - _took(short))
+
+
+def _took(answers: Sequence[Answer]) -> float:
+    return _end(answers) - min(each.begin for each in answers)
+
+
+def _end(answers: Sequence[Answer]) -> float:
+    return max(each.begin + each.last for each in answers)

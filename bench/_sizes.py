@@ -28,8 +28,8 @@ class Speed:
 
 SPEEDS = {
     "tiny": Speed(3000, (300, 900, 1500, 2000), 4),
-    "0.5B": Speed(150, (40, 90, 100, 110), 10),
-    "1B": Speed(60, (17, 40, 45, 50), 15),
+    "0.5B": Speed(400, (80, 180, 220, 300), 10),
+    "1B": Speed(150, (35, 80, 100, 140), 15),
     "7B": Speed(10, (3, 6, 8, 9), 120),
 }
 
@@ -57,8 +57,8 @@ class Sizes:
 
 SIZES = {
     "tiny": Sizes(5, 5, (8, 8, 8, 8), 20, 5, 6, 4, 5, 2, 20, 8, 10, 4),
-    "0.5B": Sizes(5, 7, (64, 48, 40, 32), 130, 24, 12, 8, 8, 3, 60, 12, 20, 16),
-    "1B": Sizes(5, 5, (64, 48, 40, 32), 130, 20, 12, 8, 6, 3, 60, 12, 20, 16),
+    "0.5B": Sizes(5, 7, (96, 96, 80, 64), 130, 24, 12, 8, 12, 4, 94, 8, 20, 16),
+    "1B": Sizes(5, 5, (96, 96, 80, 64), 130, 20, 12, 8, 8, 4, 94, 8, 20, 16),
 }
 TRACE_TOKENS = 4
 MIXED_WORDS = tuple(7 * each for each in range(1, 9))
@@ -84,7 +84,7 @@ def expected_s(part: str, shape: str, pairs: int = 0) -> float:
     start = 2 * speed.start_s
     if part == "decode":
         return sum(
-            start + 2 * (many + 1) * streams * (_tokens(8) / speed.prefill + tokens / rate)
+            start + 2 * (many + 1) * streams * (2 * _tokens(8) / speed.prefill + (16 + tokens) / rate)
             for streams, tokens, rate in zip(STREAMS, sizes.decode_tokens, speed.decode, strict=True)
         )
     if part == "prefill":

@@ -45,6 +45,7 @@ from bench._load import (
     one_by_one,
     percentile,
     poisson,
+    rate_between,
     replay,
     together,
     words,
@@ -81,6 +82,8 @@ T = TypeVar("T")
 API_SHARE, API_RATE = 0.08, 200.0
 OVERHEAD_US = 60.0
 LEAST_PAIRS = 5
+_BEFORE = 8
+"""Tokens per stream of the answers that the decoding of longer ones is counted from."""
 _ASIDE = 512 << 20
 """Bytes for states of idle conversations; the peer's default is 8 GiB."""
 _TRACE_GOAL = 1 / 1.5
@@ -186,8 +189,11 @@ def decode(plan: Plan) -> list[Row]:
             sides = _sides(stack, plan, streams, _SHORT)
 
             def sample(side: Server, index: int, streams: int = streams, tokens: int = tokens) -> float:
-                prompts = [words(1000 * index + each, 8) for each in range(streams)]
-                return decode_rate(asyncio.run(together(side.address, side.model, prompts, tokens)))
+                def answers(first: int, most: int) -> list[Answer]:
+                    prompts = [words(first + each, 8) for each in range(streams)]
+                    return asyncio.run(together(side.address, side.model, prompts, most))
+
+                return rate_between(answers(2000 * index, _BEFORE), answers(2000 * index + 1000, _BEFORE + tokens))
 
             what = f"decode, {streams} streams"
             rows.append(at_least(f"{what} (tok/s)", *_compare(what, sides, sample, plan.many)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from statistics import median
+from collections.abc import Collection
 
 DECODES = 32
 """Tokens of a step up to which it is one of decoding. Larger ones have so much work between barriers that all
@@ -31,6 +31,11 @@ _RETRY_S, _RETRY_MOST_S = 1.0, 30.0
 """Time until the next trial after one that did not help, doubled each time: trials cost a little."""
 _FORGET = 1.002
 """Growth of the quiet time per step, as contexts grow and clocks fall."""
+
+
+def _middle(seconds: Collection[float]) -> float:
+    """The median of an odd number of steps; once per token, and `statistics` takes its time."""
+    return sorted(seconds)[len(seconds) // 2]
 
 
 def levels_of(most: int) -> tuple[int, ...]:
@@ -91,7 +96,7 @@ class ThreadControl:
         self._recent.append(seconds)
         if len(self._recent) < _WINDOW:
             return
-        now = median(self._recent)
+        now = _middle(self._recent)
         if self._level == 0:
             quiet = min(now, self._quiet.get(shape, now) * _FORGET)
             self._quiet[shape] = quiet
@@ -111,7 +116,7 @@ class ThreadControl:
     def _judge(self) -> None:
         level, self._trial = self._trial, None
         assert level is not None
-        tried, now = median(self._tried[1:]), median(self._recent)
+        tried, now = _middle(self._tried[1:]), _middle(self._recent)
         fewer = level > self._level
         if tried <= now * (_BETTER if fewer else _AS_GOOD):
             self._level = level

@@ -12,7 +12,7 @@ from statistics import mean
 
 import pytest
 
-from bench._load import Answer, LoadError, ask, conversations, decode_rate, percentile, poisson, usage_of
+from bench._load import Answer, LoadError, ask, conversations, decode_rate, percentile, poisson, rate_between, usage_of
 from bench._records import Record, append, done, table
 from bench._servers import CONTEXT, Server, cpu_s, status_bytes
 from bench._sizes import (
@@ -62,6 +62,15 @@ def test_conversations_come_back_and_share_beginnings() -> None:
 def test_the_rate_of_streams_that_overlap() -> None:
     answers = [Answer(0.0, 1.0, 3.0, 11, 5), Answer(1.0, 1.0, 4.0, 21, 5)]
     assert decode_rate(answers) == pytest.approx(30 / 4)
+
+
+def test_reading_of_prompts_cancels_out() -> None:
+    # Two seconds of reading, then ten tokens a second for both together; in turn, the first one writes meanwhile.
+    together = [[Answer(0.0, 2.0, 2.0 + each, each * 5, 5)] * 2 for each in (1, 5)]
+    in_turn = [
+        [Answer(0.0, 1.0, 2.0 + each, each * 5, 5), Answer(0.0, 2.0, 2.0 + each, each * 5, 5)] for each in (1, 5)
+    ]
+    assert rate_between(*together) == rate_between(*in_turn) == pytest.approx(10)
 
 
 def stream(tokens: object = 3, end: str = "data: [DONE]\n\n") -> bytes:

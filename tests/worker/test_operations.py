@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 from ai_assistant.daemon.worker.protocol import WorkerClient
-from ai_assistant.engines.contract import EngineStats, LoadOptions
+from ai_assistant.daemon.worker.server import joined
+from ai_assistant.engines.contract import (
+    Chunk,
+    EngineStats,
+    Event,
+    Finished,
+    FinishReason,
+    LoadOptions,
+    TokenLogprob,
+    Usage,
+)
 from ai_assistant.errors import InternalError, InvalidArgument, WorkerCrashed
 from tests.worker.test_protocol import _pair
 from tests.worker.test_stuck import _spawn, scripted_worker
@@ -114,3 +124,12 @@ async def test_statistics_as_they_should_be() -> None:
         await fake.send({"id": (await fake.receive())["id"], "event": "result", "value": _STATS})
         found = await task
         assert (found.kv_cells, found.decode_tokens_per_s) == (8, 2.0)
+
+
+def test_texts_of_one_write_are_one_chunk() -> None:
+    entry = TokenLogprob("c", (99,), -0.5)
+    end = Finished(FinishReason.STOP, Usage(1, 4))
+    events: list[Event] = [Chunk("a"), Chunk("b"), Chunk("c", (entry,)), Chunk("d"), Chunk("é"), end]
+    assert list(joined(events)) == [Chunk("ab"), Chunk("c", (entry,)), Chunk("dé"), end]
+    assert list(joined([])) == []
+    assert list(joined([Chunk("a")])) == [Chunk("a")]
