@@ -138,6 +138,7 @@ def _measure_variant(model: str, threads: int, prompt: int, tokens: int) -> tupl
 OVERHEAD_CASES = (("greedy, 1 stream", 1, 0.0), ("greedy, 8 streams", 8, 0.0), ("drawn, 8 streams", 8, 0.8))
 _NATIVE = ("llama_decode", "llama_sampler_apply", "llama_sampler_accept")
 _GENERATIONS = 7
+_PACE_S = 0.04
 
 
 def _measure_overhead(model: str, tokens: int) -> list[float]:
@@ -179,7 +180,9 @@ def _measure_overhead(model: str, tokens: int) -> list[float]:
             request = GenerateRequest(
                 prompt=words(seed, 4), max_tokens=tokens, temperature=temperature, seed=seed, ignore_eos=True
             )
-            for _ in engine.generate(request):
+            # As the worker does: somebody who waits for each token would wake, and take the interpreter, at each.
+            generation = engine.generate(request)
+            while generation.gather(_PACE_S):
                 pass
 
         out = []
