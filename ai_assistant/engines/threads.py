@@ -25,6 +25,8 @@ _WINDOW = 7
 """Steps that are compared; a median of them does not see one that was disturbed."""
 _TRIAL = 4
 """Steps of a trial, of which the first, in which the team of threads is changed, does not count."""
+_LOST = 1.15
+"""A trial with a step that took so much longer ends there: steps of large models are long."""
 _BACK_S = 1.3
 """Time after which fewer threads are compared with all again: full speed is back within two seconds."""
 _RETRY_S, _RETRY_MOST_S = 1.0, 30.0
@@ -90,7 +92,8 @@ class ThreadControl:
         self._since += seconds
         if self._trial is not None:
             self._tried.append(seconds)
-            if len(self._tried) == _TRIAL:
+            lost = len(self._tried) > 1 and seconds > _LOST * _middle(self._recent)
+            if lost or len(self._tried) == _TRIAL:
                 self._judge()
             return
         self._recent.append(seconds)
