@@ -239,8 +239,9 @@ def poisson_load(plan: Plan) -> list[Row]:
 def trace(plan: Plan) -> list[Row]:
     """More conversations than sequences, so that most come back after somebody else had their place."""
     with ExitStack() as stack:
-        # The peer's own choice is four slots that share one cache of the model's 2048 tokens. Ours has as many.
-        sides = _sides(stack, plan, 4, CONTEXT // 4, (), _ASIDE)
+        # Both choose their contexts: the peer four slots that share one cache of the model's 2048 tokens, ours four
+        # sequences of as many.
+        sides = _sides(stack, plan, 4, 0, (), _ASIDE)
         sizes = plan.sizes
 
         def sample(side: Server, index: int) -> float:

@@ -9,7 +9,7 @@ from ai_assistant.engines.batch import Tokens
 from ai_assistant.engines.contract import Priority
 from ai_assistant.engines.task import Slot, Task, common
 
-WORTH = 32
+WORTH = 12
 """Tokens that copying must save before it is done; it costs about as much as reading some ten."""
 _WORTH_KEEPING = 16
 """Tokens of a shared prefix below which a slot is as good as any other."""

@@ -166,7 +166,7 @@ def test_what_is_asked_fits_the_contexts() -> None:
     for sizes in SIZES.values():
         asks = conversations(1, sizes.people, sizes.turns, sizes.shared_words, sizes.said_words, TRACE_TOKENS)
         longest = max(len(each.prompt.split()) for each in asks)
-        assert TOKENS_PER_WORD * longest * 1.2 + TRACE_TOKENS < CONTEXT // 4
+        assert TOKENS_PER_WORD * longest * 1.2 + TRACE_TOKENS < CONTEXT
         assert max(sizes.decode_tokens) + TOKENS_PER_WORD * 8 + 8 < 512
 
 
