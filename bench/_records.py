@@ -75,5 +75,6 @@ def table(records: Mapping[tuple[str, str], Record], wanted: Mapping[str, tuple[
                     f"| {part} | {shape} | {row.claim} | {row.ours:.4g} | {row.other:.4g} | {row.ratio:.2f}{bounds} "
                     f"| {row.goal} | {'yes' if row.holds else 'no'} |"
                 )
-    described = "".join(f"\nMeasured on: {each}.\n" for each in dict.fromkeys(machines))
-    return "\n".join(lines) + "\n" + described
+    # What is behind the last comma is the load, which was another one each time.
+    plain = dict.fromkeys(each.rpartition(",")[0] or each for each in machines)
+    return "\n".join(lines) + "\n" + "".join(f"\nMeasured on: {each}.\n" for each in plain)

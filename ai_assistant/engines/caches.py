@@ -11,8 +11,8 @@ from ai_assistant.engines.spill import SpillStore
 from ai_assistant.engines.task import Slot
 
 _WORTH_SPILLING = 16
-"""Tokens that would be lost, below which reading them again is as good: a state is saved and restored in the time of some
-six (0.5 B, 300 tokens: 8.5 and 1.3 ms)."""
+"""Tokens that would be lost, below which reading them again is as good: a state is saved and restored in the time of
+some six (0.5 B, 300 tokens: 8.5 and 1.3 ms)."""
 
 
 class Caches:
