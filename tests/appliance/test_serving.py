@@ -1,4 +1,4 @@
-"""The serving features in the booted image: downloads, the API on the network, and `top` on a terminal."""
+"""The serving features in the booted image: downloads, the API on the network, who may pin, `top` on a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,65 @@ def failure(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert "Traceback" not in done.stderr
     found: dict[str, Any] = json.loads(done.stderr.strip().splitlines()[-1])["error"]
     return found
+
+
+def fetch_pid(appliance: Container) -> int:
+    """Process of the download that runs, once bytes have come; inside its unit."""
+    deadline = time.monotonic() + 60
+    while True:
+        listed = appliance.run("systemctl", "list-units", "--plain", "--no-legend", "ai-assistant-fetch@*").stdout
+        parts = appliance.run("sh", "-c", f"find {STATE}/models/.pulls -name part-0 -size +0 || true").stdout
+        if listed.strip() and parts.strip():
+            unit = listed.split()[0]
+            pid = int(appliance.run("systemctl", "show", "--property=MainPID", "--value", unit).stdout)
+            if pid:
+                return pid
+        assert time.monotonic() < deadline, (listed, parts)
+        time.sleep(0.05)
+
+
+def test_a_pull_is_confined_killed_and_goes_on(appliance: Container, hub: Hub) -> None:
+    content = hub.files["o/n"]["tiny-Q8_0.gguf"]
+    hub.faults.append(hub_server.paced(200, 0.1))
+    begun = subprocess.Popen(
+        appliance.command(*pull_command(hub, "--name", "pulled:1")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        pid = fetch_pid(appliance)
+        status = appliance.run("cat", f"/proc/{pid}/status").stdout
+        for kind in ("CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert re.search(rf"^{kind}:\s+0+$", status, re.MULTILINE), status
+        assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE), status
+        assert re.search(r"^Seccomp:\s+2$", status, re.MULTILINE), status
+        daemon = appliance.run("id", "-u", "ai-assistant").stdout.strip()
+        uid = re.search(r"^Uid:\s+(\d+)", status, re.MULTILINE)
+        assert uid is not None
+        assert uid[1] not in ("0", daemon), status
+        for closed in (STATE, "/run/dbus", "/run/ai-assistant"):
+            seen = appliance.run("nsenter", f"--target={pid}", "--mount", "stat", "--format=%a", closed).stdout
+            assert seen.strip() == "0", closed
+        appliance.run("kill", "-KILL", str(pid))
+        out, err = begun.communicate(timeout=60)
+    finally:
+        begun.kill()
+    error = failure(subprocess.CompletedProcess([], begun.returncode, out, err))
+    assert error["name"] == "DownloadFailed"
+    assert "goes on" in error["hint"]
+
+    done = appliance.run(*pull_command(hub, "--name", "pulled:1")).stdout
+    assert json.loads(done.strip().splitlines()[-1]) == {"phase": "done", "name": "pulled:1"}
+    first, second = hub.bodies()
+    assert "Range" not in first.headers
+    assert int(second.headers["Range"].removeprefix("bytes=").rstrip("-")) > 0
+    stored = appliance.run("sha256sum", f"{STATE}/models/pulled/1/model.gguf").stdout.split()[0]
+    assert stored == hashlib.sha256(content).hexdigest()
+    assert appliance.run("find", f"{STATE}/models/.pulls", "-name", "part-*").stdout == ""
+    assert "pulled:1" in appliance.run("ai-assistant", "model", "list").stdout
+    assert appliance.run("ai-assistant", "run", "pulled:1", "how warm is it?", user="developer").stdout.strip()
+    appliance.run("ai-assistant", "model", "remove", "pulled:1", "--yes")
 
 
 def test_a_wrong_hash_is_refused(appliance: Container, hub: Hub) -> None:
@@ -200,9 +260,46 @@ def test_disable_closes_the_port(network: Container) -> None:
     network.run("ai-assistant", "ask", "how much memory is free?")
 
 
+def call(appliance: Container, path: str, interface: str, method: str, user: str) -> subprocess.CompletedProcess[str]:
+    return appliance.run(
+        "busctl", "call", "--json=short", "--timeout=60", "org.ai_assistant1", path,
+        f"org.ai_assistant1.{interface}", method, user=user, check=False,
+    )  # fmt: skip
+
+
+def test_statistics_on_the_bus(appliance: Container) -> None:
+    appliance.run("ai-assistant", "ask", "how much memory is free?")
+    found = call(appliance, "/org/ai_assistant1", "Manager", "GetStatistics", "nobody")
+    assert found.returncode == 0, found.stderr
+    models = json.loads(found.stdout)["data"][0]["models"]["data"]
+    mine = next(each["data"] for each in models if each["data"]["name"]["data"] == "assistant:1")
+    assert mine["state"]["data"] == "loaded"
+    assert mine["completion_tokens"]["data"] > 0
+
+
+def test_who_may_pin_and_drain(appliance: Container, plain: str) -> None:
+    appliance.run("ai-assistant", "model", "load", "assistant:1")
+    manager = ("org.ai_assistant1", "/org/ai_assistant1", "org.ai_assistant1.Manager")
+    found = appliance.run("busctl", "--json=short", "call", *manager, "FindModel", "s", "assistant:1").stdout
+    path = json.loads(found)["data"][0]
+    try:
+        for method in ("Pin", "Unpin", "Drain"):
+            for user in ("nobody", plain):
+                refused = call(appliance, path, "Model", method, user)
+                assert (refused.returncode != 0, "not allowed: unload" in refused.stderr) == (True, True), refused
+            allowed = call(appliance, path, "Model", method, "developer")
+            assert allowed.returncode == 0, allowed
+            if method != "Drain":
+                seen = appliance.run("ai-assistant", "model", "show", "assistant:1", "--json").stdout
+                assert json.loads(seen)["pinned"] is (method == "Pin")
+    finally:
+        appliance.run("ai-assistant", "model", "unpin", "assistant:1")
+    appliance.run("ai-assistant", "ask", "how much memory is free?")
+
+
 # Runs inside, where the terminal then is: the driver holds both ends, so that it can look at the settings afterwards.
 TOP = r"""
-import fcntl, json, os, pty, re, select, struct, subprocess, sys, termios, time
+import fcntl, json, os, pty, re, select, signal, struct, subprocess, sys, termios, time
 master, slave = pty.openpty()
 fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
 before = termios.tcgetattr(slave)
@@ -212,6 +309,8 @@ asking = "while curl -s --unix-socket /run/ai-assistant/api.sock --json '%s' " \
 load = subprocess.Popen(["sh", "-c", asking % body], start_new_session=True)
 shown = b""
 def terminal():
+    # Whoever started this in the background has let the interrupt be ignored.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 top = subprocess.Popen(["ai-assistant", "top", "--interval", "0.2"], stdin=slave, stdout=slave, stderr=slave,
@@ -230,7 +329,7 @@ try:
     row = re.compile(r"assistant:1 +loaded(?: \(pinned\))? +\S+ \S+ +[1-9]\d* +\d+ +\S+ +\d*[1-9]\d*\.\d|"
                      r"assistant:1 +loaded(?: \(pinned\))? +\S+ \S+ +[1-9]\d* +\d+ +\S+ +\d+\.[1-9]")
     seen = read(row.search, time.monotonic() + 60)
-    os.write(master, b"q")
+    os.write(master, {"q": b"q", "ctrl-c": b"\x03"}[sys.argv[1]])
     read(lambda _: top.poll() is not None, time.monotonic() + 20)
     read(lambda _: False, time.monotonic() + 0.3)
 finally:
@@ -244,8 +343,9 @@ print(json.dumps({"seen": seen, "status": top.wait(), "restored": termios.tcgeta
 """
 
 
-def test_top_on_a_terminal(appliance: Container) -> None:
-    found = json.loads(appliance.run("python3", "-c", TOP, user="developer").stdout)
+@pytest.mark.parametrize("leave", ["q", "ctrl-c"])
+def test_top_on_a_terminal(appliance: Container, leave: str) -> None:
+    found = json.loads(appliance.run("python3", "-c", TOP, leave, user="developer").stdout)
     tail = found.pop("tail")
     wanted = {"seen": True, "status": 0, "restored": True, "screen": True, "cursor": True, "traceback": False}
     assert found == wanted, tail

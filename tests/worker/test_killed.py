@@ -70,12 +70,14 @@ async def test_every_request_ends_when_workers_are_killed(tmp_path: Path) -> Non
     async with local_service(tmp_path) as service:
         fd = os.open(gguf_writer.write_llama(tmp_path / "m.gguf"), os.O_RDONLY)
         name = (await service.open_model(fd, "victim", 0, ":1.1")).name
-        places = asyncio.Semaphore(_AT_ONCE)
         outcomes: list[str] = []
-        killed = 0
+        killed = asked = 0
 
-        async def one() -> None:
-            async with places:
+        async def client() -> None:
+            nonlocal asked
+            # A fast machine has answered them all before the first kill.
+            while asked < _REQUESTS or killed < _KILLS:
+                asked += 1
                 try:
                     await _ask(service, name, dice)
                     outcomes.append("answer")
@@ -99,11 +101,10 @@ async def test_every_request_ends_when_workers_are_killed(tmp_path: Path) -> Non
         try:
             # No measure of speed: a request that hangs ends the test and not the machine's day.
             async with asyncio.timeout(900):
-                await asyncio.gather(*(one() for _ in range(_REQUESTS)))
+                await asyncio.gather(*(client() for _ in range(_AT_ONCE)))
         finally:
             killing.cancel()
-        assert len(outcomes) == _REQUESTS
-        assert killed
+        assert len(outcomes) == asked
         assert outcomes.count("answer")
         assert outcomes.count("WorkerCrashed")
         # And afterwards it serves as if nothing had been.
