@@ -72,11 +72,13 @@ class Constraint:
         before = self._decoder.getstate()
         try:
             self._decoder.decode(piece)
+            begun = self._decoder.getstate()[0]
         except UnicodeDecodeError:
             return False
         finally:
             self._decoder.setstate(before)
-        return True
+        # Half of a pair of UTF-16 is refused at its third byte only, and then nothing could follow.
+        return not (begun[:1] == b"\xed" and begun[1:2] >= b"\xa0")
 
     def mask(self, scratch: Scratch, *, strictly: bool) -> int:
         """Leave only the tokens that may come next among the candidates, all of which are there.

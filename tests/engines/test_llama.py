@@ -300,6 +300,21 @@ def test_a_schema_is_always_met(engine: LlamaEngine, temperature: float) -> None
         assert 1 <= len(value["list"]) <= 3
 
 
+def test_a_constrained_answer_never_begins_half_of_a_surrogate_pair(engine: LlamaEngine) -> None:
+    # Token n of the fixture is byte n. Nothing could follow ED A2; other bytes may follow ED.
+    text, last, _ = _run(
+        engine,
+        prompt="x",
+        max_tokens=40,
+        temperature=1.0,
+        seed=1,
+        response_schema={"type": "string", "minLength": 9},
+        logit_bias={"237": 100.0, "162": 100.0},
+    )
+    assert last.reason == "length"
+    assert "\ud000" <= text[1] < "\ud800"
+
+
 def test_a_grammar_is_met_even_without_an_end_token(tmp_path: Path) -> None:
     keys = {"tokenizer.ggml.eos_token_id": None, "tokenizer.ggml.token_type": [1] * 512}
     tokens, _merges, _kinds = gguf_writer.byte_level_tokens(512, ("<a>", "<b>", "<c>"))
