@@ -25,6 +25,8 @@ traceback; the hint, where there is one, says what to do next.
     ├── Cancelled
     ├── Timeout
     ├── WorkerCrashed              the process that held the model died; it is being restarted
+    ├── DeviceLost                 a device went away while it was used; others may go on
+    ├── BackendFailed              a device's driver or library failed, hung or broke its contract
     ├── ServiceUnavailable         the daemon cannot be reached
     └── InternalError              a defect of ours; details are in the journal
 """
@@ -34,9 +36,11 @@ from __future__ import annotations
 __all__ = [
     "AIAssistantError",
     "AlreadyExists",
+    "BackendFailed",
     "Busy",
     "Cancelled",
     "ContextOverflow",
+    "DeviceLost",
     "DownloadFailed",
     "InternalError",
     "InvalidArgument",
@@ -170,6 +174,14 @@ class Timeout(AIAssistantError):
 
 class WorkerCrashed(AIAssistantError):
     http_status = 503
+
+
+class DeviceLost(AIAssistantError):
+    http_status = 503
+
+
+class BackendFailed(AIAssistantError):
+    pass
 
 
 class ServiceUnavailable(AIAssistantError):

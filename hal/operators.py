@@ -1,0 +1,119 @@
+"""Which operators a backend runs, for what types, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from ai_assistant.errors import AlreadyExists, NotSupported
+from ai_assistant.hal.graph import NO_VALUE, Array, DType, Graph, Node
+
+ROW_MAJOR = "row-major"
+Check = Callable[[Node, Graph], str]
+"""Says why a node cannot be run although its operator and type can; "" when it can."""
+Kernel = Callable[[Node, list[Array | None]], tuple[Array, ...]]
+"""Computes a node's outputs of its inputs, None for those left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Whether a node can be run. True or false like a bool; when false, with the reason."""
+
+    supported: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.supported
+
+
+YES = Support(True)
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What is declared of an operator.
+
+    Args:
+        since, until: the versions whose meaning is implemented; until 0 means every later one that is known now.
+        data_input: the input whose type `dtypes` speaks of.
+    """
+
+    op: str
+    dtypes: frozenset[DType]
+    since: int = 1
+    until: int = 0
+    domain: str = ""
+    layouts: frozenset[str] = frozenset({ROW_MAJOR})
+    data_input: int = 0
+    check: Check | None = None
+    kernel: Kernel | None = None
+
+
+class OperatorRegistry:
+    """The operators of one backend."""
+
+    def __init__(self) -> None:
+        self._operators: dict[tuple[str, str], list[Operator]] = {}
+
+    def register(
+        self,
+        op: str,
+        dtypes: Collection[DType],
+        layouts: Collection[str] = (ROW_MAJOR,),
+        *,
+        since: int = 1,
+        until: int = 0,
+        domain: str = "",
+        data_input: int = 0,
+        check: Check | None = None,
+        kernel: Kernel | None = None,
+    ) -> None:
+        """Declare that an operator is run.
+
+        Raises:
+            AlreadyExists: another entry covers some of the same versions.
+        """
+        entry = Operator(op, frozenset(dtypes), since, until, domain, frozenset(layouts), data_input, check, kernel)
+        entries = self._operators.setdefault((domain, op), [])
+        for other in entries:
+            if since <= (other.until or since) and other.since <= (until or other.since):
+                raise AlreadyExists(f"{op} is registered for version {max(since, other.since)} already")
+        entries.append(entry)
+
+    def find(self, node: Node) -> Operator | None:
+        """The entry for that operator in that version."""
+        for entry in self._operators.get((node.domain, node.op), ()):
+            if entry.since <= node.version <= (entry.until or node.version):
+                return entry
+        return None
+
+    def supports(self, node: Node, graph: Graph) -> Support:
+        """Whether a node of a graph can be run, with the reason when not."""
+        entry = self.find(node)
+        if entry is None:
+            known = self._operators.get((node.domain, node.op))
+            versions = ", ".join(f"{each.since} to {each.until or 'newest'}" for each in known or ())
+            return Support(False, f"{node} is not implemented" + (f" (versions {versions} are)" if known else ""))
+        index = node.inputs[entry.data_input] if entry.data_input < len(node.inputs) else NO_VALUE
+        # A generator such as Range's constant forms has no input: what it makes tells the type.
+        value = graph.values[index] if index != NO_VALUE else graph.values[node.outputs[0]]
+        if value.spec is None:
+            return Support(False, f"the type of {value.name[:60]!r} is not known")
+        if value.spec.dtype not in entry.dtypes:
+            return Support(False, f"{node} is not implemented for {value.spec.dtype}")
+        reason = entry.check(node, graph) if entry.check else ""
+        return Support(False, reason) if reason else YES
+
+    def kernel(self, node: Node) -> Kernel:
+        """Raises NotSupported: there is none."""
+        entry = self.find(node)
+        if entry is None or entry.kernel is None:
+            raise NotSupported(f"there is no kernel for {node}")
+        return entry.kernel
+
+    def __iter__(self) -> Iterator[Operator]:
+        for entries in self._operators.values():
+            yield from entries
+
+    def __len__(self) -> int:
+        return len(self._operators)
