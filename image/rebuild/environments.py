@@ -169,7 +169,7 @@ class Environment:
     def _warm(self, profile: str) -> bool:
         key = self._ask([self.checkout / "image/packages", "key"])
         folder = self.cache / f"ai-assistant/mkosi-{profile}-{key}"
-        return folder.is_dir() and any(folder.iterdir())
+        return any(folder.glob("root/*.cache"))
 
 
 def both(folder: Path, mirror: Path, keys: Path) -> tuple[Environment, Environment]:
