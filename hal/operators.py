@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ai_assistant.errors import AlreadyExists, NotSupported
 from ai_assistant.hal.graph import NO_VALUE, Array, DType, Graph, Node
@@ -11,8 +12,8 @@ from ai_assistant.hal.graph import NO_VALUE, Array, DType, Graph, Node
 ROW_MAJOR = "row-major"
 Check = Callable[[Node, Graph], str]
 """Says why a node cannot be run although its operator and type can; "" when it can."""
-Kernel = Callable[[Node, list[Array | None]], tuple[Array, ...]]
-"""Computes a node's outputs of its inputs, None for those left out."""
+Kernel = Callable[[Node, list[Any]], tuple[Array, ...]]
+"""Computes a node's outputs of its inputs: arrays, None for those left out."""
 
 
 @dataclass(frozen=True, slots=True)
