@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ai_assistant.errors import InvalidModel, NotSupported
 
-Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 Attribute = int | float | str | bytes | tuple[int, ...] | tuple[float, ...] | tuple[str, ...] | Array
 """What ONNX lets an operator be configured with. Graphs within operators (If, Loop) are not taken."""
 
@@ -48,7 +49,7 @@ class DType(StrEnum):
         return 1 if self is DType.BOOL else int(self.value.lstrip("bfiu")) // 8
 
     @property
-    def numpy(self) -> np.dtype[np.generic]:
+    def numpy(self) -> np.dtype[Any]:
         """Raises NotSupported: NumPy has no such type (bfloat16)."""
         if self is DType.BF16:
             raise NotSupported("NumPy has no bfloat16", hint="copy the bytes, or convert to f32")
@@ -56,7 +57,7 @@ class DType(StrEnum):
         return np.dtype("bool" if self is DType.BOOL else name + self.value[1:])
 
     @classmethod
-    def of(cls, dtype: np.dtype[np.generic]) -> DType:
+    def of(cls, dtype: np.dtype[Any]) -> DType:
         """Raises NotSupported: no tensor has elements of that type."""
         try:
             return cls(_SHORT[dtype.name])

@@ -124,8 +124,8 @@ def _c(name: str) -> dict[str, str]:
             build="make\n",
             steps=_C_STEPS,
             install=(
-                f"Put `{module}.so` below /usr/lib and a file `/etc/ai-assistant/backends.d/{name}.toml` beside it, as\n"
-                "docs/hal.md says; it then runs in a process of its own."
+                f"Put `{module}.so` below /usr/lib and say so in `/etc/ai-assistant/backends.d/{name}.toml`, as\n"
+                "docs/hal.md shows; it then runs in a process of its own."
             ),
         ),
     }
@@ -158,8 +158,8 @@ CFLAGS += -std=gnu11 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -I$(shell ai-as
 """
 
 _PYTHON_STEPS = """\
-1. **Operators.** Each `register` says an operator's name, its types and the versions whose meaning you implement. What cannot be
-   done is said in a `check`, with the reason. Begin with one operator.
+1. **Operators.** Each `register` says an operator's name, its types and the versions whose meaning you implement.
+   What cannot be done is said in a `check`, with the reason. Begin with one operator.
 2. **Program.** `compile` gets a graph: plain data, see `ai_assistant.hal.graph`. Hand it to your compiler here.
 3. **Context.** Memory and queues. Those of the host are given; replace them when your device has its own.
 4. **Backend.** `probe` looks for your device, and says what is missing and what helps when it is not there."""
