@@ -12,6 +12,8 @@ import ctypes
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from ai_assistant.errors import AIAssistantError, InvalidConfig
+from ai_assistant.hal.detect.product import SIDE
 from ai_assistant.hal.device import Device, DeviceKind, Source, Throughput
 
 FILE = "measured.json"
 VERSION = 1
 MAX_FILE = 64 * 1024
 COPY_BYTES = 128 << 20
-PRODUCT_SIDE = 1024
+PRODUCT_TIMEOUT_S = 120
+MAX_TFLOP_S = 10_000
 ROUNDS = 5
 
 
@@ -87,7 +91,7 @@ def measure(devices: Sequence[Device], folder: Path, *, copy_bytes: int = COPY_B
         ]
     }
     if tflop_s := product_tflop_s():
-        how = f"matrix product of {PRODUCT_SIDE}³ by onnxruntime"
+        how = f"matrix product of {SIDE}³ by onnxruntime"
         rows[DeviceKind.CPU.value] = [Throughput(tflop_s, "TFLOP/s", "fp32", Source.MEASURED, how)]
     data: dict[str, Any] = {"version": VERSION, "key": key(devices)}
     data |= {kind: [row.to_dict() for row in found] for kind, found in rows.items()}
@@ -133,45 +137,21 @@ def _together(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def product_tflop_s() -> float:
-    """fp32 TFLOP/s of a matrix product on all cores; 0 where onnxruntime is not installed."""
+    """fp32 TFLOP/s of a matrix product on all cores; 0 where onnxruntime is not installed or does not work."""
+    # A process of its own: the library prints its complaints, and keeps its threads and memory for good.
     try:
-        import numpy as np
-        import onnxruntime as ort
-    except ImportError:
+        done = subprocess.run(
+            [sys.executable, "-m", "ai_assistant.hal.detect.product"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=PRODUCT_TIMEOUT_S,
+            check=True,
+        )
+        found = float(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
         return 0.0
-    n = PRODUCT_SIDE
-    try:
-        session = ort.InferenceSession(_product(n), providers=["CPUExecutionProvider"])
-        ones = {name: np.ones((n, n), np.float32) for name in "ab"}
-        best = 0.0
-        for _ in range(ROUNDS + 1):
-            start = time.perf_counter()
-            session.run(None, ones)
-            best = max(best, 2 * n**3 / max(time.perf_counter() - start, 1e-9))
-    except (RuntimeError, ValueError, MemoryError):
-        return 0.0  # onnxruntime's errors; the bandwidth is still worth keeping
-    return float(f"{best / 1e12:.2g}")
-
-
-def _product(n: int) -> bytes:
-    """An ONNX model of one matrix product, n × n. Written here, field by field, since Debian's onnx and onnxruntime
-    cannot be in one process: each registers the operators in the same place."""
-
-    def field(number: int, value: int | bytes) -> bytes:
-        if isinstance(value, bytes):
-            return varint(number << 3 | 2) + varint(len(value)) + value
-        return varint(number << 3) + varint(value)
-
-    def varint(value: int) -> bytes:
-        low, value = value & 0x7F, value >> 7
-        return bytes([low | 0x80]) + varint(value) if value else bytes([low])
-
-    side = field(1, field(1, n))
-    float32 = field(1, field(1, 1) + field(2, side + side))
-    a, b, c = (field(1, name) + field(2, float32) for name in (b"a", b"b", b"c"))
-    node = field(1, b"a") + field(1, b"b") + field(2, b"c") + field(4, b"MatMul")
-    graph = field(1, node) + field(2, b"product") + field(11, a) + field(11, b) + field(12, c)
-    return field(1, 8) + field(7, graph) + field(8, field(2, 17))
+    return float(f"{found:.2g}") if 0 < found < MAX_TFLOP_S else 0.0
 
 
 def _keep(folder: Path, data: dict[str, Any]) -> None:
