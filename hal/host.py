@@ -69,19 +69,23 @@ class HostAllocator(Allocator):
                 raise OutOfMemory(f"{nbytes} bytes were asked for, {self._limit_bytes - self._in_use} are left")
             self._in_use += nbytes
         try:
-            whole = np.empty(nbytes + alignment, np.uint8)
-        except (MemoryError, ValueError) as error:
+            buffer = self._make(nbytes, alignment)
+        except (MemoryError, ValueError, OSError) as error:
             with self._lock:
                 self._in_use -= nbytes
             raise OutOfMemory(f"{nbytes} bytes cannot be had") from error
-        start = -whole.ctypes.data % alignment
-        buffer = HostBuffer(self, whole[start : start + nbytes])
         with self._lock:
             self._peak = max(self._peak, self._in_use)
             self._allocations += 1
         # Also what nobody frees is given back, and counted, when it goes.
         weakref.finalize(buffer, self._gone, nbytes, buffer.released)
         return buffer
+
+    def _make(self, nbytes: int, alignment: int) -> HostBuffer:
+        """The memory itself: overridden where others must see it too. Raises MemoryError, ValueError, OSError."""
+        whole = np.empty(nbytes + alignment, np.uint8)
+        start = -whole.ctypes.data % alignment
+        return HostBuffer(self, whole[start : start + nbytes])
 
     def free(self, buffer: Buffer) -> None:
         own = self._own(buffer, freed=True)
