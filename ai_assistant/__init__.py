@@ -19,12 +19,17 @@ __all__ = [
     "AsyncInferenceEngine",
     "AsyncJob",
     "AsyncTextStream",
+    "BackendFailed",
     "Busy",
     "Cancelled",
     "Client",
     "Completion",
     "ContextOverflow",
+    "Device",
+    "DeviceKind",
+    "DeviceLost",
     "DownloadFailed",
+    "DriverState",
     "FinishReason",
     "InferenceEngine",
     "InternalError",
@@ -65,9 +70,11 @@ if TYPE_CHECKING:
     from ai_assistant.errors import (
         AIAssistantError,
         AlreadyExists,
+        BackendFailed,
         Busy,
         Cancelled,
         ContextOverflow,
+        DeviceLost,
         DownloadFailed,
         InternalError,
         InvalidArgument,
@@ -87,6 +94,7 @@ if TYPE_CHECKING:
         Unsure,
         WorkerCrashed,
     )
+    from ai_assistant.hal.device import Device, DeviceKind, DriverState
     from ai_assistant.inference import AsyncInferenceEngine, InferenceEngine
 
 _HOMES = {
@@ -94,6 +102,7 @@ _HOMES = {
     "ai_assistant._streams": ("AsyncTextStream", "TextStream"),
     "ai_assistant.client": ("AsyncClient", "AsyncJob", "Client", "Job"),
     "ai_assistant.engines.contract": ("FinishReason", "TokenLogprob", "ToolCall", "Usage"),
+    "ai_assistant.hal.device": ("Device", "DeviceKind", "DriverState"),
     "ai_assistant.inference": ("AsyncInferenceEngine", "InferenceEngine"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

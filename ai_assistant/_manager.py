@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,6 +13,7 @@ from dbus_fast import Variant
 from ai_assistant import _bus
 from ai_assistant._results import STATUS_KEYS, JobStatus, Model, SelfTestResult, slug
 from ai_assistant._transport import open_model_file
+from ai_assistant.hal.device import Device, DeviceKind
 
 _CHECK_TIMEOUT_S = 120.0
 """The daemon reads the header of a file before it answers, perhaps from a slow disk."""
@@ -45,11 +47,23 @@ class Manager:
         found: dict[str, Any] = (await (await self.bus()).call("GetStatistics"))[0]
         return found
 
-    async def models(self) -> list[Model]:
+    async def _objects(self, interface: str) -> list[dict[str, Any]]:
         bus = await self.bus()
         objects = (await bus.call("GetManagedObjects", interface="org.freedesktop.DBus.ObjectManager"))[0]
-        found = [Model.from_properties(each[_bus.MODEL]) for each in objects.values() if _bus.MODEL in each]
+        return [each[interface] for each in objects.values() if interface in each]
+
+    async def models(self) -> list[Model]:
+        found = [Model.from_properties(each) for each in await self._objects(_bus.MODEL)]
         return sorted(found, key=lambda model: (model.transient, model.name))
+
+    async def devices(self) -> list[Device]:
+        kinds = list(DeviceKind)
+        found = [Device.from_dict(_snake(each)) for each in await self._objects(_bus.DEVICE)]
+        return sorted(found, key=lambda device: (kinds.index(device.kind), device.id))
+
+    async def measure_devices(self) -> str:
+        job: str = (await (await self.bus()).call("MeasureDevices"))[0]
+        return job
 
     async def _find(self, name: str) -> str:
         path: str = (await (await self.bus()).call("FindModel", "s", name))[0]
@@ -136,3 +150,8 @@ class Manager:
 
     async def cancel_job(self, path: str) -> None:
         await (await self.bus()).call("Cancel", path=path, interface=_bus.JOB)
+
+
+def _snake(properties: dict[str, Any]) -> dict[str, Any]:
+    """VendorId → vendor_id: the bus has names of its own style."""
+    return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): value for name, value in properties.items()}

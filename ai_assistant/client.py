@@ -30,6 +30,7 @@ from ai_assistant._streams import AsyncTextStream, TextStream
 from ai_assistant._transport import DEFAULT_TIMEOUT_S, socket_path
 from ai_assistant.engines.contract import GenerateRequest
 from ai_assistant.errors import InvalidArgument, NoSuchModel, Timeout
+from ai_assistant.hal.device import Device
 
 if TYPE_CHECKING:
     from ai_assistant._manager import Manager
@@ -222,6 +223,14 @@ class Client:
     def models(self) -> list[Model]:
         """All models, sorted by name; transient ones last."""
         return list(self._run("models"))
+
+    def devices(self) -> list[Device]:
+        """The hardware of the appliance, by kind."""
+        return list(self._run("devices"))
+
+    def measure_devices(self) -> Job:
+        """Find out how fast processor and memory are, once: a few seconds with every core busy."""
+        return Job(self, self._run("measure_devices"))
 
     def model(self, name: str) -> Model:
         """By full name, or by the bare name of its newest version; raises `NoSuchModel`."""
@@ -453,6 +462,12 @@ class AsyncClient:
 
     async def models(self) -> list[Model]:
         return await self._manager.models()
+
+    async def devices(self) -> list[Device]:
+        return await self._manager.devices()
+
+    async def measure_devices(self) -> AsyncJob:
+        return AsyncJob(self._manager, await self._manager.measure_devices())
 
     async def model(self, name: str) -> Model:
         return await self._manager.model(name)

@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from ai_assistant.daemon import bus, journal
 from ai_assistant.daemon import config as configuration
 from ai_assistant.daemon.authority import Authority, allowed
 from ai_assistant.daemon.contract import Counters
+from ai_assistant.daemon.devices import DeviceTable, Monitor
 from ai_assistant.daemon.fetch.client import FETCH_SOCKET, Fetcher
 from ai_assistant.daemon.jobs import JobTable
 from ai_assistant.daemon.pins import Pins
@@ -33,6 +34,7 @@ from ai_assistant.services.notify import keep_alive, notify, passed_sockets, wat
 
 if TYPE_CHECKING:
     from ai_assistant.daemon.api.network import Network
+    from ai_assistant.hal.device import Device
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,10 @@ class Options:
     worker_socket: Path = Path("/run/ai-assistant/worker.sock")
     fetch_socket: Path = FETCH_SOCKET
     state_directory: Path = Path("/var/lib/ai-assistant")
+
+
+_LOOK_AFTER_S = 1.0
+"""Devices are looked for when the first requests have been taken: at boot both would want the same core."""
 
 
 def connector(path: Path) -> Callable[[], Awaitable[Worker]]:
@@ -91,7 +97,23 @@ class App:
         self.service = DaemonService(
             self.config, registry, residency, jobs, self._machine, counters, pins, fetcher=fetcher
         )
+        self.devices = DeviceTable(self._detect, self._monitor, self._measure)
         self._connection: Connection | None = None
+
+    def _detect(self) -> tuple[Device, ...]:
+        from ai_assistant.hal.detect import detect
+
+        return detect(self._options.root, state=self._options.state_directory)
+
+    def _measure(self, devices: Sequence[Device]) -> None:
+        from ai_assistant.hal.detect.measure import measure
+
+        measure(devices, self._options.state_directory)
+
+    def _monitor(self) -> Monitor:
+        from ai_assistant.hal.detect.monitor import Monitor as UdevMonitor
+
+        return UdevMonitor(self._detect)
 
     def stop(self) -> None:
         """Begin the orderly end."""
@@ -121,13 +143,14 @@ class App:
             calls_per_caller=self.config.limits_calls_per_caller,
         )
         await connection.connect(self._options.bus_address)
-        Publisher(connection, self.service, Authority(connection))
+        Publisher(connection, self.service, Authority(connection), self.devices)
         api_stop = asyncio.Event()
         api = loop.create_task(self._serve_api(sockets, api_stop)) if sockets else None
         self.service.set_state("running")
         await connection.own_name(bus.BUS_NAME)
         notify("READY=1\nSTATUS=" + self._summary())
         log.info("ai-assistantd %s is ready: %s", VERSION, self._summary())
+        looking = loop.call_later(_LOOK_AFTER_S, self.devices.start)
         stopping = loop.create_task(self._stop.wait())
         waiting: set[asyncio.Future[object]] = {stopping, connection.lost}  # type: ignore[arg-type]
         if api is not None:
@@ -137,6 +160,8 @@ class App:
         if api is not None and api.done() and not self._stop.is_set():
             log.error("the socket API ended", exc_info=api.exception())
         notify("STOPPING=1\nSTATUS=Finishing what runs")
+        looking.cancel()
+        await self.devices.close()
         await self._end(api, api_stop)
         for task in (stopping, watchdog):
             if task is not None:

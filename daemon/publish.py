@@ -1,4 +1,4 @@
-"""Keeps the objects on the bus in step with the service: one per model and job, with their changes."""
+"""Keeps the objects on the bus in step with the service: one per model, job and device, with their changes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import logging
 from itertools import count
 
 from ai_assistant.daemon.authority import Authority
-from ai_assistant.daemon.bus import ROOT, inference, job, manager, model
+from ai_assistant.daemon.bus import ROOT, device, inference, job, manager, model
+from ai_assistant.daemon.devices import DeviceTable
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.errors import NoSuchModel
+from ai_assistant.hal.device import Device
 from ai_assistant.services.connection import Connection
 
 log = logging.getLogger(__name__)
@@ -19,17 +21,20 @@ log = logging.getLogger(__name__)
 class Publisher:
     """Exports everything when it is made and follows from then on."""
 
-    def __init__(self, connection: Connection, service: DaemonService, authority: Authority) -> None:
+    def __init__(
+        self, connection: Connection, service: DaemonService, authority: Authority, devices: DeviceTable
+    ) -> None:
         self._connection = connection
         self._service = service
         self._authority = authority
+        self._devices = devices
         self._numbers = count(1)
         self._models: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         connection.export(
             ROOT,
             {
-                manager.INTERFACE: manager.Manager(service, authority, self.model_path, self.job_path),
+                manager.INTERFACE: manager.Manager(service, authority, self.model_path, self.job_path, devices),
                 inference.INTERFACE: inference.Inference(service, authority),
             },
         )
@@ -42,6 +47,11 @@ class Publisher:
         service.jobs.added = self._add_job
         service.jobs.changed = self._job_changed
         service.jobs.removed = lambda each: connection.unexport(self.job_path(each))
+        for each in devices.all():
+            self._add_device(each)
+        devices.added = self._add_device
+        devices.removed = lambda each: connection.unexport(self.device_path(each))
+        devices.changed = lambda each: connection.changed(self.device_path(each), device.INTERFACE)
         connection.on_vanished.append(self._vanished)
 
     def model_path(self, name: str) -> str:
@@ -82,6 +92,12 @@ class Publisher:
     def _add_job(self, each: Job) -> None:
         handler = job.JobObject(each, self._authority, self._models.get)
         self._connection.export(self.job_path(each), {job.INTERFACE: handler})
+
+    def device_path(self, each: Device) -> str:
+        return f"{ROOT}/devices/{each.id}"
+
+    def _add_device(self, each: Device) -> None:
+        self._connection.export(self.device_path(each), {device.INTERFACE: device.DeviceObject(self._devices, each.id)})
 
     def _job_changed(self, each: Job) -> None:
         self._connection.changed(self.job_path(each), job.INTERFACE)

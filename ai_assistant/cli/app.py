@@ -12,6 +12,7 @@ from ai_assistant.cli import (
     banner,
     chat,
     config,
+    devices,
     doctor,
     install,
     model,
@@ -65,6 +66,7 @@ app.command("ask", cls=Command)(ask.ask)
 app.command("chat", cls=Command)(chat.chat)
 app.command("run", cls=Command)(run_command.run)
 app.add_typer(model.app, name="model")
+app.command("devices", cls=Command)(devices.devices)
 app.add_typer(config.app, name="config")
 app.add_typer(api.app, name="api")
 app.add_typer(storage.app, name="storage")

@@ -10,6 +10,7 @@ from dbus_fast import Variant
 from ai_assistant.daemon.authority import Authority
 from ai_assistant.daemon.bus.model import no_options
 from ai_assistant.daemon.contract import Scope
+from ai_assistant.daemon.devices import DeviceTable
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.daemon.journal import PRIORITIES, read_log
 from ai_assistant.daemon.metrics_summary import statistics
@@ -31,11 +32,13 @@ class Manager:
         authority: Authority,
         model_path: Callable[[str], str],
         job_path: Callable[[Job], str],
+        devices: DeviceTable,
     ) -> None:
         self._service = service
         self._authority = authority
         self._model_path = model_path
         self._job_path = job_path
+        self._devices = devices
 
     def properties(self) -> Mapping[str, Any]:
         machine = self._service.machine
@@ -98,6 +101,10 @@ class Manager:
             raise InvalidArgument("context_length must be an integer from 0 to 16777215", param="context_length")
         entry = await self._service.open_model(file.take(), prefix, context_length, call.sender, uid)
         return self._model_path(entry.name), entry.name
+
+    async def measure_devices(self, call: Call) -> str:
+        uid = await self._authority.require(call, Scope.LOAD)
+        return self._job_path(self._service.jobs.start("measure", call.sender, uid, self._devices.measure))
 
     async def self_test(self, call: Call) -> Sequence[tuple[str, bool, str]]:
         await self._authority.require(call, Scope.LOAD)

@@ -31,11 +31,23 @@ def shape(interface: ElementTree.Element) -> Shape:
     return found
 
 
+async def _device(client: Client) -> str:
+    """The processor, once the daemon has looked."""
+    for _ in range(300):
+        reply = await client.raw(ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects")
+        for path, interfaces in reply.body[0].items():
+            if interfaces.get(f"{schema.PREFIX}Device", {}).get("Kind") == Variant("s", "cpu"):
+                return str(path)
+        await asyncio.sleep(0.1)
+    raise AssertionError("no processor was found")
+
+
 async def test_live_introspection_is_the_xml(world: World, client: Client, tiny_model: Path) -> None:
     with tiny_model.open("rb") as file:
         job = await client.call("Manager", "ImportModel", "hsa{sv}", 0, "shape", {}, fds=(file.fileno(),))
     result = (await client.job(job))["Result"]
-    places = {"Manager": ROOT, "Inference": ROOT, "Job": job, "Model": result["model"].value}
+    device = await _device(client)
+    places = {"Manager": ROOT, "Inference": ROOT, "Job": job, "Model": result["model"].value, "Device": device}
     for name, path in places.items():
         reply = await client.raw(path, "org.freedesktop.DBus.Introspectable", "Introspect")
         live = {each.get("name"): each for each in ElementTree.fromstring(reply.body[0]).findall("interface")}

@@ -100,6 +100,17 @@ def test_status_for_everybody(world: World) -> None:
     assert "assistant:1" in cli(world, "status", user="outsider").out
 
 
+def test_devices_for_everybody_and_measured_by_members(world: World) -> None:
+    until(lambda: cli(world, "devices", "--kind", "cpu", "--json", user="outsider").json, 60)
+    (processor,) = cli(world, "devices", "--kind", "cpu", "--json", user="outsider").json
+    assert processor["attributes"]["threads"] == os.cpu_count()
+    assert cli(world, "devices", "--measure", user="outsider").status == 3
+    (memory,) = cli(world, "devices", "--measure", "--kind", "memory", "--json", user="member").json
+    (speed,) = memory["throughput"]
+    assert (speed["unit"], speed["source"]) == ("GB/s", "measured")
+    assert speed["value"] > 0.1
+
+
 def test_ask_in_english_and_chinese(world: World) -> None:
     warm = cli(world, "ask", "how warm is it?", "--json", user="member")
     assert warm.status == 0, warm.err

@@ -13,7 +13,7 @@ import pytest
 
 from ai_assistant.daemon import bus, inspection
 from ai_assistant.daemon.authority import ADMIN_GROUP, USER_GROUP, USER_SCOPES, allowed
-from ai_assistant.daemon.bus import inference, job, manager, model
+from ai_assistant.daemon.bus import device, inference, job, manager, model
 from ai_assistant.daemon.contract import Peer, Scope
 from ai_assistant.services import schema
 
@@ -36,6 +36,7 @@ def test_every_member_is_documented_and_answered(name: str) -> None:
         "Inference": inference.Inference,
         "Model": model.ModelObject,
         "Job": job.JobObject,
+        "Device": device.DeviceObject,
     }
     schema.check(interface, object.__new__(handlers[name]))
     assert interface.text

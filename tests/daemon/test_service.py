@@ -20,6 +20,7 @@ from ai_assistant.daemon.authority import Authority
 from ai_assistant.daemon.bus import ROOT
 from ai_assistant.daemon.bus.model import ModelObject
 from ai_assistant.daemon.contract import Counters, Scope, caller
+from ai_assistant.daemon.devices import DeviceTable
 from ai_assistant.daemon.inspection import Inspection
 from ai_assistant.daemon.jobs import JobTable
 from ai_assistant.daemon.pins import Pins
@@ -90,7 +91,7 @@ async def test_two_imports_of_one_name_are_one_object(service: DaemonService, ti
     connection.on_vanished = []
     connection.export.side_effect = exported.setdefault
     connection.unexport.side_effect = exported.pop
-    Publisher(connection, service, Mock(spec=Authority))
+    Publisher(connection, service, Mock(spec=Authority), DeviceTable(tuple, Mock(), Mock()))
     before = len(exported)
     jobs = [await service.import_model(os.open(tiny_model, os.O_RDONLY), "two", f":1.{i}", MINE) for i in range(2)]
     for each in jobs:
