@@ -7,8 +7,7 @@ nothing but time, and an event about half of a device (its driver is still loadi
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -111,21 +110,23 @@ class Monitor:
                 return True
         return True
 
-    async def changes(self) -> AsyncIterator[Change]:
+    async def changes(self) -> AsyncGenerator[Change, None]:
         """Endless; ends by being cancelled, or left."""
+        while True:
+            await self._readable()
+            # The rest of a burst, so that one look answers it.
+            await asyncio.sleep(SETTLE_S)
+            # Looking reads a few hundred small files: not on the loop.
+            for change in await asyncio.to_thread(self.read):
+                yield change
+
+    async def _readable(self) -> None:
+        """Until an event waits. The loop watches only as long: an event that nobody takes would keep it spinning."""
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
         number = self.fileno()
         loop.add_reader(number, ready.set)
         try:
-            while True:
-                await ready.wait()
-                # The rest of a burst, so that one look answers it.
-                await asyncio.sleep(SETTLE_S)
-                ready.clear()
-                # Looking reads a few hundred small files: not on the loop.
-                for change in await asyncio.to_thread(self.read):
-                    yield change
+            await ready.wait()
         finally:
-            with contextlib.suppress(OSError, ValueError):
-                loop.remove_reader(number)
+            loop.remove_reader(number)

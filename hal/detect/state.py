@@ -58,7 +58,7 @@ def judge(
     driver = table.drivers.get(bound) or table.drivers.get(known.driver if known else "")
     if nodes:
         return usable(machine, nodes, driver)
-    modules = aliases(machine, sysfs.text(device / "modalias"))
+    modules = aliases(machine, _modalias(device))
     module = bound or (driver.module if driver else "") or (modules[0] if modules else "")
     if bound or (module and machine.has_module(module)):
         return _without_node(machine, device, bound, module, driver, known)
@@ -126,14 +126,15 @@ def _firmware(driver: Driver | None, known: Known | None) -> tuple[tuple[str, ..
 
 
 def _driver_hint(
-    machine: Sysfs, module: str, modules: Sequence[str], driver: Driver | None, known: Known | None
+    machine: Sysfs, module: str, modules: Sequence[str] | None, driver: Driver | None, known: Known | None
 ) -> str:
     needed, package = _firmware(driver, known)
     also = ""
     if needed and package and not any(machine.has_firmware(name) for name in needed):
         also = f"; it also needs firmware: install {package}"
-    if module and module in modules:
-        return f"the kernel has its driver, which is not loaded: modprobe {module} (or is it in a blacklist?){also}"
+    if modules:
+        best = module if module in modules else modules[0]
+        return f"the kernel has its driver, which is not loaded: modprobe {best} (or is it in a blacklist?){also}"
     release = machine.kernel()
     this = f"this kernel ({release})" if release else "this kernel"
     if driver and driver.source:
@@ -143,11 +144,9 @@ def _driver_hint(
             f"{this} is too old: the driver {module} came with Linux {driver.since}; "
             f"install a newer one (linux-image from trixie-backports, where it has it){also}"
         )
-    if modules:
-        return f"the kernel has a driver, which is not loaded: modprobe {modules[0]}{also}"
-    if driver and module:
-        return f"the driver {module} is not loaded: modprobe {module}; it came with Linux {driver.since}{also}"
-    return f"{this} has no driver for it"
+    if module and modules is None:
+        return f"its driver {module} is not loaded: modprobe {module}{also}"
+    return f"{this} was built without {f'the driver {module}' if module else 'a driver for it'}{also}"
 
 
 def older(release: str, since: str) -> bool:
@@ -159,13 +158,18 @@ def older(release: str, since: str) -> bool:
     return have < need
 
 
-def aliases(machine: Sysfs, modalias: str) -> list[str]:
-    """The modules of the running kernel that say they drive a device, by its `modalias`."""
+def _modalias(device: Path) -> str:
+    return sysfs.text(device / "modalias") or sysfs.uevent(device).get("MODALIAS", "")
+
+
+def aliases(machine: Sysfs, modalias: str) -> list[str] | None:
+    """The modules of the running kernel that say they drive a device, by its `modalias`; None: it cannot be known."""
     release = machine.kernel()
-    if not release or not modalias:
-        return []
+    lines = sysfs.lines(machine.path("lib/modules", release, "modules.alias"), MAX_ALIASES) if release else []
+    if not lines or not modalias:
+        return None
     found: list[str] = []
-    for line in sysfs.lines(machine.path("lib/modules", release, "modules.alias"), MAX_ALIASES):
+    for line in lines:
         _, pattern, module = (*line.split(" ", 2), "", "")[:3]
         # The whole pattern is compared only where its beginning fits: there are tens of thousands.
         begins = re.match(r"[^*?\[]+", pattern)
