@@ -98,8 +98,8 @@ def test_the_kernels_log_says_which_firmware(machine: FakeMachine) -> None:
     machine.write("lib/firmware/intel/vpu/vpu_37xx_v1.bin", "of another version")
     machine.write(
         "dev/kmsg",
-        "6,1,2,-;other 0000:00:02.0: Direct firmware load for i915/x.bin failed with error -2\n"
-        "4,2,3,-;intel_vpu 0000:00:0b.0: Direct firmware load for intel/vpu/vpu_37xx_v9.bin failed with error -2\n",
+        "4,2,3,-;intel_vpu 0000:00:0b.0: Direct firmware load for intel/vpu/vpu_37xx_v9.bin failed with error -2\n"
+        "6,1,2,-;other 0000:00:02.0: Direct firmware load for i915/x.bin failed with error -2\n",
     )
     found = npu(machine)
     assert found.state is DriverState.FIRMWARE_MISSING

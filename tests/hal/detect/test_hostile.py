@@ -130,11 +130,15 @@ def test_links_of_devices_that_loop_or_leave_the_machine(tmp_path: Path) -> None
     (devices / "c").symlink_to("/etc")
     (devices / "d").symlink_to("../../../../../..")
     (devices / "e").write_text("no folder")
+    # Looks like a device, but lies outside of sysfs.
+    for key, value in {"class": "0x120000", "vendor": "0x8086", "device": "0x7d1d"}.items():
+        machine.write(f"dev/f/{key}", value)
+    (devices / "f").symlink_to(tmp_path / "dev/f")
     loop = tmp_path / "sys/devices/pci0000:00/0000:00:0b.0/accel/again"
     loop.symlink_to("..")
     before = {device.id for device in detect(tmp_path)}
     check(detect(tmp_path))
-    assert not {name for name in before if name.endswith(("_a", "_b", "_c", "_d", "_e"))}
+    assert not {name for name in before if name.endswith(("_a", "_b", "_c", "_d", "_e", "_f"))}
 
 
 def test_a_device_that_vanishes_between_listing_and_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
