@@ -16,6 +16,7 @@ from ai_assistant.cli import (
     doctor,
     install,
     model,
+    plan,
     status,
     storage,
     top,
@@ -67,6 +68,7 @@ app.command("chat", cls=Command)(chat.chat)
 app.command("run", cls=Command)(run_command.run)
 app.add_typer(model.app, name="model")
 app.command("devices", cls=Command)(devices.devices)
+app.command("plan", cls=Command)(plan.plan)
 app.add_typer(config.app, name="config")
 app.add_typer(api.app, name="api")
 app.add_typer(storage.app, name="storage")

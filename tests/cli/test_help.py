@@ -17,7 +17,7 @@ from tests.cli.conftest import CHECKOUT, Cli, program
 
 COMMANDS = (
     ("status",), ("top",), ("ask",), ("chat",), ("run",), ("doctor",), ("install",), ("version",), ("devices",),
-    ("config", "show"),
+    ("plan",), ("config", "show"),
     ("config", "check"), ("model", "list"), ("model", "show"), ("model", "import"), ("model", "remove"),
     ("model", "load"), ("model", "unload"), ("model", "pin"), ("model", "unpin"), ("model", "drain"),
     ("model", "estimate"), ("model", "pull"), ("model", "suggest"), ("storage", "recovery-key"),
