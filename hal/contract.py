@@ -173,7 +173,7 @@ class Allocator(ABC):
 
     def upload(self, array: Array) -> Tensor:
         """A new tensor with a copy of an array."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # unlike ascontiguousarray it keeps a scalar a scalar
         tensor = self.tensor(TensorSpec(DType.of(array.dtype), array.shape))
         self.copy_in(tensor.buffer, array)
         return tensor

@@ -84,6 +84,14 @@ def test_copies_stay_inside(memory: HostAllocator) -> None:
         HostAllocator().copy_in(buffer, b"x")
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_an_array_goes_up_and_comes_down_with_its_shape(memory: HostAllocator, shape: tuple[int, ...]) -> None:
+    array = np.arange(max(1, int(np.prod(shape))), dtype=np.float32).reshape(shape)
+    tensor = memory.upload(array)
+    assert tensor.spec == TensorSpec(DType.F32, shape)
+    assert np.array_equal(memory.download(tensor), array)
+
+
 def test_memory_of_others_is_used_in_place(memory: HostAllocator) -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     tensor = memory.adopt(array)
