@@ -59,13 +59,11 @@ def nodes(machine: Sysfs, device: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def bound_driver(device: Path) -> str:
-    """The driver that does the work: for a virtio device, not the one of its transport."""
-    bound = sysfs.driver(device)
-    if bound in ("virtio-pci", "virtio-mmio"):
-        below = (sysfs.driver(device / name) for name in sysfs.names(device)[:MAX_PARTS] if name.startswith("virtio"))
-        bound = next((name for name in below if name), bound)
-    return bound
+def driven(device: Path) -> Path:
+    """What the driver that does the work is bound to: for virtio, the device behind the transport."""
+    if sysfs.driver(device) in ("virtio-pci", "virtio-mmio"):
+        return next((device / name for name in sysfs.names(device) if re.fullmatch(r"virtio\d+", name)), device)
+    return device
 
 
 def build(
@@ -84,8 +82,9 @@ def build(
     device: its folder in sysfs.
     opened: the nodes that programs need.
     """
-    bound = bound_driver(device)
-    state = judge(machine, device, bound, opened, known, table)
+    at_work = driven(device)
+    bound = sysfs.driver(at_work)
+    state = judge(machine, at_work, bound, opened, known, table)
     vendor, product = ids
     found = machine.udev(device)
     vendor_name = table.vendors.get(vendor) or found.get("ID_VENDOR_FROM_DATABASE", "")

@@ -266,6 +266,9 @@ def test_nouveau_without_firmware_on_a_card_that_no_table_has(machine: FakeMachi
     found = gpu(machine)
     assert found.state is DriverState.FIRMWARE_MISSING
     assert "firmware-nvidia-graphics" in found.hint
+    # What another package has for other chips does not count.
+    machine.write("lib/firmware/nvidia/tegra186/xusb.bin", "x")
+    assert gpu(machine).state is DriverState.FIRMWARE_MISSING
     assert found.vendor == "NVIDIA"
 
 
@@ -287,6 +290,17 @@ def test_a_virtio_gpu_is_driven_from_one_level_below(machine: FakeMachine) -> No
     machine.node(below, "drm", "renderD128", "dri/renderD128")
     found = gpu(machine)
     assert (found.driver, found.nodes) == ("virtio_gpu", ("/dev/dri/renderD128",))
+
+
+def test_a_virtio_gpu_whose_own_driver_is_not_loaded(machine: FakeMachine) -> None:
+    folder = machine.pci(
+        "0000:00:05.0", "1af4:1050", "0x038000", driver="virtio-pci", modalias="pci:v00001AF4d00001050sv0sd0bc03sc80i00"
+    )
+    machine.device(f"pci0000:00/{folder.name}/virtio3", "virtio", modalias="virtio:d00000010v00001AF4")
+    machine.aliases("virtio:d00000010v* virtio_gpu", "virtio:d00000001v* virtio_net")
+    found = gpu(machine)
+    assert (found.driver, found.state) == ("", DriverState.NO_DRIVER)
+    assert "modprobe virtio_gpu" in found.hint
 
 
 def test_a_mere_display_adapter_does_not_compute(machine: FakeMachine) -> None:
