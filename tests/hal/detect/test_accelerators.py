@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -138,15 +139,22 @@ def test_a_node_that_is_not_ours(machine: FakeMachine, monkeypatch: pytest.Monke
     assert "group render" in found.hint
 
 
-def test_permission_as_another_user_sees_it(machine: FakeMachine) -> None:
+def test_permission_as_another_user_sees_it() -> None:
     if os.getuid() != 0:
         pytest.skip("needs root to become somebody else")
-    folder = machine.pci(*NPU, driver="intel_vpu")
-    machine.node(folder, "accel", "accel0", "accel/accel0")
-    (machine.root / "dev/accel/accel0").chmod(0o600)
-    for parent in [machine.root, *machine.root.parents]:
-        if parent.stat().st_mode & 0o005 != 0o005 and parent.is_relative_to("/tmp"):
-            parent.chmod(0o755)
+    # pytest's own folders are closed to others.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        machine = FakeMachine(Path(folder))
+        card = machine.pci(*NPU, driver="intel_vpu")
+        machine.node(card, "accel", "accel0", "accel/accel0")
+        (machine.root / "dev/accel/accel0").chmod(0o666)
+        assert _as_nobody(machine) == DriverState.WORKING
+        (machine.root / "dev/accel/accel0").chmod(0o600)
+        assert _as_nobody(machine) == DriverState.NO_PERMISSION
+
+
+def _as_nobody(machine: FakeMachine) -> str:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -159,8 +167,8 @@ def test_permission_as_another_user_sees_it(machine: FakeMachine) -> None:
             os._exit(0)
     os.close(writer)
     os.waitpid(child, 0)
-    assert os.read(reader, 100).decode() == DriverState.NO_PERMISSION
-    os.close(reader)
+    with os.fdopen(reader) as answer:
+        return answer.read()
 
 
 def test_a_node_that_a_container_was_not_given(machine: FakeMachine) -> None:
