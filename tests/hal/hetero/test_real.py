@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
 from ai_assistant.hal.graph import Array, DType, Graph
 from ai_assistant.hal.hetero.cost import CostModel
 from ai_assistant.hal.hetero.devices import OpenDevices, open_devices
