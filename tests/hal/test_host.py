@@ -105,6 +105,12 @@ def test_memory_of_others_is_used_in_place(memory: HostAllocator) -> None:
     assert memory.statistics().in_use_bytes == 0
 
 
+def test_a_number_stays_a_number(memory: HostAllocator) -> None:
+    tensor = memory.upload(np.array(3.0, np.float32))
+    assert tensor.spec.shape == ()
+    assert memory.download(tensor).shape == ()
+
+
 def test_a_queue_runs_in_order_and_waits_for_another(memory: HostAllocator, queue: HostQueue) -> None:
     a, b, c = memory.upload(np.array([1, 2], np.float32)), memory.tensor(_PAIR), memory.tensor(_PAIR)
     gate = threading.Event()
