@@ -152,6 +152,23 @@ def memory() -> Result:
     return Result("memory", "ok", detail)
 
 
+def devices() -> Result:
+    """GPUs and NPUs that are there and do not work: the machine serves without them, only slower."""
+    from ai_assistant.hal.device import DeviceKind
+
+    with Client() as client:
+        known = client.devices()
+    # A display controller that cannot compute is nobody's loss.
+    kinds = (DeviceKind.GPU, DeviceKind.NPU)
+    found = [each for each in known if each.kind in kinds and each.attributes.get("compute", True)]
+    broken = [each for each in found if not each.usable]
+    if broken:
+        first, more = broken[0], f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        return Result("devices", "warning", f"{first.name} is there, but: {first.state}{more}", first.hint)
+    names = ", ".join(each.name for each in found) or "no GPU or NPU"
+    return Result("devices", "ok", names)
+
+
 def units() -> Result:
     """Failed units of ours are a failure, those of others a warning."""
     command = ["systemctl", "list-units", "--failed", "--plain", "--no-legend", "--no-pager"]
@@ -201,6 +218,7 @@ CHECKS: tuple[Callable[[], Result], ...] = (
     disk,
     storage,
     memory,
+    devices,
     units,
     configuration,
     engine,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ai_assistant.cli import checks
+from ai_assistant.hal.device import Device, DeviceKind, DriverState
 from tests.cli.conftest import CHECKOUT, PROGRAM, Cli
 from tests.sdk.served import Served
 
@@ -70,6 +71,18 @@ def test_the_api_is_seen(api: Served) -> None:
     assert checks.run(checks.api).state == "ok"
     api.service.records = []
     assert checks.run(checks.api).state == "warning"
+
+
+def test_a_device_that_does_not_work_is_a_warning_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    display = Device("vga", DeviceKind.GPU, "VGA", state=DriverState.NO_DRIVER, attributes={"compute": False})
+    npu = Device("npu", DeviceKind.NPU, "NPU", state=DriverState.FIRMWARE_MISSING, hint="install firmware-amd-graphics")
+    found = [display]
+    monkeypatch.setattr(checks.Client, "devices", lambda self: found)
+    assert checks.run(checks.devices) == checks.Result("devices", "ok", "no GPU or NPU")
+    found.append(npu)
+    result = checks.run(checks.devices)
+    assert (result.state, result.hint) == ("warning", "install firmware-amd-graphics")
+    assert result.detail == "NPU is there, but: firmware-missing"
 
 
 def systemctl(monkeypatch: pytest.MonkeyPatch, out: str, status: int = 0) -> None:
