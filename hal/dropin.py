@@ -12,10 +12,11 @@ and nobody else may write there. An empty file hides one of the same name in a l
 
 from __future__ import annotations
 
+import errno
 import re
 import stat
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ai_assistant.errors import InvalidConfig, NotAuthorized
 
 MAX_BYTES = 64 << 10
 MAX_FILES = 256
+MAX_LINKS = 40
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
@@ -115,17 +117,37 @@ def check_owner(path: Path, *, owner: int = 0) -> None:
         NotAuthorized: which file or folder others can write to.
         OSError: it is not there.
     """
-    for place in (path, path.resolve(strict=True)):
-        for each in (place, *place.absolute().parents):
-            about = each.lstat()
-            if stat.S_ISLNK(about.st_mode):
-                # Who may change a link is decided by its folder; its owner is checked all the same.
-                shared = False
-            else:
-                others = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-                shared = bool(others) and not (stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX)
-            if about.st_uid not in (0, owner) or shared:
-                raise NotAuthorized(
-                    f"{each} can be written by others than root, so {path.name} is not believed",
-                    hint=f"chown root: {each}; chmod go-w {each}",
-                )
+    for each in _steps(path):
+        about = each.lstat()
+        # Who may change a link is decided by its folder; in a folder such as /tmp, only its owner and root.
+        others = 0 if stat.S_ISLNK(about.st_mode) else about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        sticky = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
+        if about.st_uid not in (0, owner) or (others and not sticky):
+            raise NotAuthorized(
+                f"{each} can be written by others than root, so {path.name} is not believed",
+                hint=f"chown root: {each}; chmod go-w {each}",
+            )
+
+
+def _steps(path: Path) -> Iterator[Path]:
+    """Every folder, link and file that is passed on the way to a file. Raises OSError: one is not there."""
+    here, links = Path("/"), 0
+    rest = list(reversed(path.absolute().parts[1:]))
+    yield here
+    while rest:
+        part = rest.pop()
+        if part == "..":
+            here = here.parent
+            continue
+        step = here / part
+        yield step
+        if not step.is_symlink():
+            here = step
+            continue
+        links += 1
+        if links > MAX_LINKS:
+            raise OSError(errno.ELOOP, "too many links", str(path))
+        target = step.readlink()
+        if target.is_absolute():
+            here = Path("/")
+        rest += reversed(target.parts[1:] if target.is_absolute() else target.parts)

@@ -14,8 +14,6 @@ How a session is set up, and why:
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from ai_assistant.engines.onnx_file import FLOAT, FLOAT16, INT32, OnnxFile
 from ai_assistant.engines.onnx_package import Member, pread
 from ai_assistant.engines.onnx_rules import Plan
 from ai_assistant.errors import AIAssistantError, InvalidModel, NotSupported, OutOfMemory
+from ai_assistant.hal.quiet import silent
 
 Array = npt.NDArray[Any]
 _QUIET = 4
@@ -58,7 +57,8 @@ def runtime() -> Any:
                     f"running ONNX models needs ONNX Runtime, which is not installed: {error}",
                     hint="apt install python3-onnxruntime, or pip install 'ai-assistant[local]'",
                 ) from error
-            with _silent():
+            # Debian's library says of each of its 700 operators that it knows it already.
+            with silent():
                 onnxruntime.set_default_logger_severity(_QUIET)
                 _share_arena(onnxruntime)
                 onnxruntime.InferenceSession(_NOTHING, providers=["CPUExecutionProvider"])
@@ -72,21 +72,6 @@ def _share_arena(library: Any) -> None:
     grow_as_asked = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": -1}
     arena = library.OrtArenaCfg({**grow_as_asked, "max_dead_bytes_per_chunk": -1})
     library.create_and_register_allocator(where, arena)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Debian's library says of each of its 700 operators that it knows it already, straight to the standard error."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(null)
-        os.close(saved)
 
 
 class Session:
