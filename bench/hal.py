@@ -19,7 +19,9 @@ where they are installed. Two cores as two devices are two onnxruntime sessions 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -80,6 +82,22 @@ def submit(count: int) -> Iterator[Row]:
                 event.wait()
             queue.close()
             yield limit(f"submit() returns, Python, {name}", median(found) / 1000, SUBMIT_US, "µs")
+    yield limit("submit() returns, C interface", _in_c(10 * _MANY)["submit"], SUBMIT_C_US, "µs")
+
+
+def _in_c(count: int) -> dict[str, float]:
+    """Medians in µs through the C interface with the example backend, compiled here: see hal-submit/submit.c."""
+    here = Path(__file__).resolve().parent
+    hal = here.parent / "hal"
+    with tempfile.TemporaryDirectory() as folder:
+        library, program = Path(folder) / "example.so", Path(folder) / "submit"
+        common = ["cc", "-std=gnu11", "-O2", f"-I{hal / 'include'}"]
+        sources = [str(each) for each in sorted((hal / "examples" / "vendor-c").glob("*.c"))]
+        subprocess.run([*common, "-fPIC", "-shared", *sources, "-o", str(library), "-pthread", "-lm"], check=True)
+        submit_c = here / "hal-submit" / "submit.c"
+        subprocess.run([*common, str(submit_c), "-o", str(program), "-pthread", "-ldl"], check=True)
+        done = subprocess.run([str(program), str(library), str(count)], check=True, capture_output=True, text=True)
+    return {name: each / 1000 for name, each in json.loads(done.stdout).items()}
 
 
 def _tiny() -> Any:
@@ -127,7 +145,12 @@ def start(count: int) -> Iterator[Row]:
                 found.append(time.perf_counter_ns() - begin)
             return median(found) / 1000
 
-        yield at_most("work starts after its submit, µs", *pairs(ours, other, count), START)
+        yield at_most("work starts after its submit, Python, µs", *pairs(ours, other, count), START)
+        native = [_in_c(_MANY) for _ in range(count)]
+        yield at_most(
+            "work starts after its submit, C interface, µs",
+            [each["start"] for each in native], [each["pingpong"] for each in native], START,
+        )  # fmt: skip
         os.eventfd_write(wake, 2)
         thread.join()
         os.close(wake)
@@ -152,7 +175,7 @@ def _inputs(graph: Any) -> list[Any]:
 
     rng = np.random.default_rng(3)
     return [
-        rng.integers(0, 1000, spec.sizes) if spec.dtype == "i64" else rng.standard_normal(spec.sizes, np.float32)
+        rng.integers(0, 2, spec.sizes) if spec.dtype == "i64" else rng.standard_normal(spec.sizes, np.float32)
         for spec in graph.input_specs
     ]
 
@@ -238,13 +261,12 @@ def two(count: int) -> Iterator[Row]:
     inputs = _inputs(graph)
     with open_devices(CORES, fallback="") as opened, tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         costs = CostModel(opened, versions=opened.versions, folder=Path(folder))
-        costs.measure(graph, CORES)
         pinned = _Pinned(0)
         stack.callback(pinned.close)
         single, both = pinned.call(lambda: _bare(graph, 1)), _bare(graph, 2)  # type: ignore[arg-type, return-value]
         executors = {}
         for intent in ("latency", "performance"):
-            found = plan(graph, opened, parse(intent), costs=costs)
+            found = plan(graph, opened, parse(intent), costs=costs, measure=True)
             note(
                 f"hal: {intent}: {found.name}, {', '.join(f'{part.device} {len(part.nodes)}' for part in found.parts)}"
             )

@@ -35,6 +35,8 @@ FALLBACK = "cpu"
 """The device that runs what the chosen ones cannot, where it is among the contexts."""
 MARGIN = 0.03
 """So much better than the best single device a division must be predicted, or measured, to be worth its risk."""
+_UNSURE = 0.1
+"""Predictions that are nearer to each other are taken for the same."""
 MAX_PIECES = 256
 """A division into more is not worth a look: what each launch really costs would matter more than the prediction."""
 _SEARCH_S = 0.08
@@ -89,7 +91,7 @@ def plan(
             hint="name more devices, give a larger limit, or use a smaller model",
         )
     fitting.sort(key=lambda each: each[0].predicted.score(objective))
-    best = _best([(each, each[0].predicted.score(objective)[0]) for each in fitting])
+    best = _best([(each, each[0].predicted.score(objective)[0]) for each in fitting], _UNSURE)
 
     def make(candidate: Candidate) -> Plan:
         everything = tuple(each[0] for each in fitting) + tuple(each[0] for each in candidates if each[0].refused)
@@ -275,15 +277,20 @@ def _judge(problem: Problem, name: str, cut: Cut, alone: bool) -> Alternative:
     return Alternative(name, used, len(cut), alone, simulate(problem, cut), sizes, refused=refused)
 
 
-def _best(scored: list[tuple[Candidate, float]]) -> Candidate:
-    """The one with the least score; a division only where it is clearly better than every single device."""
-    best, least = min(scored, key=lambda each: each[1])
+def _best(scored: list[tuple[Candidate, float]], slack: float) -> Candidate:
+    """The one with the least score; a division only where it is clearly better than every single device.
+
+    Args:
+        slack: of divisions that are so near to each other, the one with the fewest parts is taken.
+    """
     alone = [each for each in scored if each[0][0].single]
-    if alone and not best[0].single:
-        fallback, score = min(alone, key=lambda each: each[1])
-        if least > score * (1 - MARGIN):
-            return fallback
-    return best
+    fallback, bound = min(alone, key=lambda each: each[1]) if alone else (None, INFINITE)
+    better = [each for each in scored if not each[0][0].single and each[1] <= bound * (1 - MARGIN)]
+    if fallback is not None and not better:
+        return fallback
+    least = min(score for _, score in better)
+    near = [each for each in better if each[1] <= least * (1 + slack)]
+    return min(near, key=lambda each: (len(each[0][1]), each[1]))[0]
 
 
 def _confirmed(
@@ -306,7 +313,7 @@ def _confirmed(
     scored = [
         (each, seconds) for each in marked if (seconds := each[0].measured_s) is not None and math.isfinite(seconds)
     ]
-    return (marked, _best(scored)) if scored else (marked, best)
+    return (marked, _best(scored, MARGIN)) if scored else (marked, best)
 
 
 def _plan(
