@@ -14,6 +14,7 @@ from ai_assistant.cli import (
     config,
     devices,
     doctor,
+    hal,
     install,
     model,
     plan,
@@ -69,6 +70,7 @@ app.command("run", cls=Command)(run_command.run)
 app.add_typer(model.app, name="model")
 app.command("devices", cls=Command)(devices.devices)
 app.command("plan", cls=Command)(plan.plan)
+app.add_typer(hal.app, name="hal")
 app.add_typer(config.app, name="config")
 app.add_typer(api.app, name="api")
 app.add_typer(storage.app, name="storage")

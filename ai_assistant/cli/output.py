@@ -162,7 +162,7 @@ def follow(out: Output, job: Job, what: str) -> Mapping[str, Any]:
     """
     result: Mapping[str, Any] = {}
     try:
-        with _bar(out, what) as update:
+        with progress_bar(out, what) as update:
             for status in job.watch():
                 update(status.progress, status.message)
                 result = status.result
@@ -175,7 +175,8 @@ def follow(out: Output, job: Job, what: str) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _bar(out: Output, what: str) -> Iterator[Any]:
+def progress_bar(out: Output, what: str) -> Iterator[Any]:
+    """On a terminal a bar on stderr; gives a function of the share that is done (0 to 1) and what is being done."""
     if out.json or sys.stderr is None or not sys.stderr.isatty():
         yield lambda progress, message: None
         return
