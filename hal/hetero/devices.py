@@ -25,9 +25,10 @@ def lane(name: str, context: Context) -> str:
     _, _, core = device.id.rpartition("@")
     if core != device.id and core.isdigit():
         return f"core {core}"
-    if device.hal_id:
-        return device.hal_id
-    return "cpu" if device.kind == "cpu" else name
+    # Only some backends know which processor they are on, and what runs on it unpinned uses all of it.
+    if device.kind == "cpu":
+        return "cpu"
+    return device.hal_id or name
 
 
 class OpenDevices(Mapping[str, Context]):

@@ -82,6 +82,7 @@ def test_what_was_named_and_is_not_there_is_an_error_and_nothing_stays_open() ->
         (BackendDevice("x@", "", "cpu"), "cpu"),
         (BackendDevice("x@y", "", "cpu"), "cpu"),
         (BackendDevice("3", "", "cpu"), "cpu"),
+        (BackendDevice("0", "", "cpu", "cpu_0"), "cpu"),
         (BackendDevice("gpu0", "", "gpu", "pci:1"), "pci:1"),
         (BackendDevice("gpu0", "", "gpu"), "name"),
     ],

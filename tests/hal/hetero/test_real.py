@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from ai_assistant.hal.hetero.executor import Executor
 from ai_assistant.hal.hetero.intent import OFF, parse
 from ai_assistant.hal.hetero.measure import sample
 from ai_assistant.hal.hetero.planner import plan
+from ai_assistant.hal.remote import RemoteBackend
+from ai_assistant.hal.remote.backend import RemoteContext
 from bench._hal_graphs import Net, branches, inception, resnet, transformer
 from tests.hal.hetero.fakes import SimulatedCosts
 
@@ -106,16 +111,36 @@ def test_networks_give_the_same_on_two_devices(opened: OpenDevices, graph: Graph
                 close(run.result(60), alone(graph, opened, inputs))
 
 
-def test_the_pick_is_measured_on_real_devices(opened: OpenDevices, tmp_path: object) -> None:
-    from pathlib import Path
-
+def test_the_pick_is_measured_on_real_devices(opened: OpenDevices, tmp_path: Path) -> None:
     graph = branches(2, 4, 128, 16)
-    folder = Path(str(tmp_path))
-    model = CostModel(opened, versions=opened.versions, folder=folder)
+    model = CostModel(opened, versions=opened.versions, folder=tmp_path)
     found = plan(graph, opened, parse("ON"), costs=model, measure=True)
     times = {each.name: each.measured_s for each in found.alternatives if each.measured_s is not None}
     assert found.name in times
     singles = [seconds for each in found.alternatives if each.single and (seconds := each.measured_s) is not None]
     assert times[found.name] <= min(singles)
     assert any(source == "measured" for row in found.explain() for source in row["sources"])
-    assert list(folder.iterdir())
+    assert list(tmp_path.iterdir())
+
+
+def test_a_process_that_dies_is_a_lost_device(opened: OpenDevices) -> None:
+    """A backend in a process of its own, killed between requests and while they run."""
+    graph = branches(2, 3, 64, 8)
+    inputs = [sample(spec) for spec in graph.input_specs]
+    wanted = alone(graph, opened, inputs)
+    for during in (False, True):
+        with RemoteBackend("cpu", loss=True).open() as remote:
+            assert isinstance(remote, RemoteContext)
+            contexts = {"onnxruntime": opened["onnxruntime"], "remote": remote}
+            costs = SimulatedCosts({("remote", "MatMul"): 1e-6, "remote": 1e-2, "onnxruntime": 1e-3})
+            found = plan(graph, contexts, parse("ON"), costs=costs)
+            assert set(found.devices) == {"onnxruntime", "remote"}
+            with Executor(found, depth=2) as executor:
+                close(executor.run(inputs, 60), wanted)
+                runs = [executor.submit(inputs), executor.submit(inputs)] if during else []
+                os.kill(remote.child.pid, signal.SIGKILL)
+                for run in runs or [executor.submit(inputs)]:
+                    close(run.result(60), wanted)
+                close(executor.run(inputs, 60), wanted)
+                if not during:
+                    assert executor.plan.devices == ("onnxruntime",)
