@@ -60,13 +60,14 @@ def _library() -> Any:
     with _lock:
         if _loaded is None:
             try:
-                import onnx  # noqa: F401 - graphs are handed over as ONNX files
-                import onnxruntime
+                with silent():  # Debian's library says of each of its 700 operators that onnx knows it already
+                    import onnx  # noqa: F401 - graphs are handed over as ONNX files
+                    import onnxruntime
             except ImportError as error:
                 raise NotSupported(f"{error.name or error} is not installed", hint=_HINT) from error
             spec = TensorSpec(DType.F32, (1,))
             nothing = Graph((Value("x", spec),), (), (0,), (0,))
-            with silent():  # Debian's library says of each of its 700 operators that it knows it already
+            with silent():  # or says so here, whichever came first
                 onnxruntime.set_default_logger_severity(_QUIET)
                 onnxruntime.InferenceSession(onnx_graph.write(nothing), providers=[CPU])
             _loaded = onnxruntime
