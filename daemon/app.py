@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import signal
 import socket
@@ -144,12 +145,14 @@ class App:
         )
         await connection.connect(self._options.bus_address)
         Publisher(connection, self.service, Authority(connection), self.devices)
-        api_stop = asyncio.Event()
-        api = loop.create_task(self._serve_api(sockets, api_stop)) if sockets else None
         self.service.set_state("running")
         await connection.own_name(bus.BUS_NAME)
         notify("READY=1\nSTATUS=" + self._summary())
         log.info("ai-assistantd %s is ready: %s", VERSION, self._summary())
+        # The sockets have taken connections since before this process was there, and keep them until the libraries that
+        # speak HTTP are loaded: a third of all that there is to load. The bus is served meanwhile.
+        api_stop = asyncio.Event()
+        api = loop.create_task(self._serve_api(sockets, api_stop)) if sockets else None
         looking = loop.call_later(_LOOK_AFTER_S, self.devices.start)
         stopping = loop.create_task(self._stop.wait())
         waiting: set[asyncio.Future[object]] = {stopping, connection.lost}  # type: ignore[arg-type]
@@ -181,6 +184,7 @@ class App:
         log.info("stopped")
 
     async def _serve_api(self, sockets: list[socket.socket], stop: asyncio.Event) -> None:
+        await asyncio.to_thread(importlib.import_module, "ai_assistant.daemon.api.server")
         from ai_assistant.daemon.api.server import serve
 
         network = await asyncio.to_thread(self._network)

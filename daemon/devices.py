@@ -1,7 +1,7 @@
 """The hardware that was found, kept in step with what is plugged in and out.
 
 Detection runs in a thread after the daemon is ready: it reads a few hundred small files, and nobody's first answer
-waits for that.
+waits for that. What it needs is imported then, too.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ai_assistant.daemon.jobs import Job
 from ai_assistant.errors import InvalidArgument, NotSupported
-from ai_assistant.hal.detect.monitor import Action, Change
-from ai_assistant.hal.device import Device
+
+if TYPE_CHECKING:
+    from ai_assistant.hal.detect.monitor import Change
+    from ai_assistant.hal.device import Device
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ class DeviceTable:
         await asyncio.to_thread(self._measure, self.all())
         for device in await asyncio.to_thread(self._detect):
             if self._devices.get(device.id) != device:
-                self._apply(Change(Action.CHANGED, device))
+                self._put(device)
         return {"devices": len(self._devices)}
 
     async def _run(self) -> None:
@@ -105,23 +107,29 @@ class DeviceTable:
         except NotSupported as error:
             log.info("%s", error)
             for device in await asyncio.to_thread(self._detect):
-                self._apply(Change(Action.ADDED, device))
+                self._put(device)
             return
+        # Only now: it takes a while, and the thread above has done it.
+        from ai_assistant.hal.detect.monitor import Action
+
         try:
             for device in monitor.devices:
-                self._apply(Change(Action.ADDED, device))
+                self._put(device)
             async for change in monitor.changes():
-                self._apply(change)
+                if change.action is Action.REMOVED:
+                    self._remove(change.device)
+                else:
+                    self._put(change.device)
         finally:
             monitor.close()
 
-    def _apply(self, change: Change) -> None:
-        device = change.device
+    def _remove(self, device: Device) -> None:
+        if self._devices.pop(device.id, None) is not None:
+            self.removed(device)
+
+    def _put(self, device: Device) -> None:
         known = device.id in self._devices
-        if change.action is Action.REMOVED:
-            if self._devices.pop(device.id, None) is not None:
-                self.removed(device)
-        elif known or len(self._devices) < MAX_DEVICES:
+        if known or len(self._devices) < MAX_DEVICES:
             self._devices[device.id] = device
             (self.changed if known else self.added)(device)
         else:

@@ -15,7 +15,6 @@ import os
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -112,7 +111,7 @@ async def copy_in(
         digest = await run(lambda: _digest(source, stop, report))
         return same_or_raise(existing, digest, source.status.st_size)
     check_space(registry.state, 0 if take else source.status.st_size, reserve_bytes)
-    partial = registry.state / f"{PARTIAL_PREFIX}{uuid.uuid4().hex}"
+    partial = registry.state / f"{PARTIAL_PREFIX}{os.urandom(16).hex()}"
     try:
         partial.mkdir(mode=0o700)
         copy = partial / MODEL_FILE

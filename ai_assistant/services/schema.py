@@ -6,7 +6,6 @@ import inspect
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from typing import Any
-from xml.sax.saxutils import quoteattr
 
 PREFIX = "org.ai_assistant1."
 _DOC = "{http://www.freedesktop.org/dbus/1.0/doc.dtd}doc"
@@ -59,6 +58,9 @@ class Interface:
 
     def xml(self) -> str:
         """The introspection form, without the documentation."""
+        # Imports an HTTP client, and few ever ask for this.
+        from xml.sax.saxutils import quoteattr
+
         lines = [f" <interface name={quoteattr(self.name)}>"]
         for method in self.methods.values():
             lines.append(f"  <method name={quoteattr(method.name)}>")

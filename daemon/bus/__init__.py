@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import resources
+from pathlib import Path
 
 from ai_assistant.services import schema
 
@@ -15,4 +15,4 @@ TEXTS = frozenset({"Generate", "OpenStream", "Embed"})
 
 def load(name: str) -> schema.Interface:
     """The interface ``org.ai_assistant1.<name>`` from its file beside this module."""
-    return schema.parse((resources.files(__package__) / "xml" / f"{schema.PREFIX}{name}.xml").read_text("utf-8"))
+    return schema.parse((Path(__file__).parent / "xml" / f"{schema.PREFIX}{name}.xml").read_text("utf-8"))
