@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import struct
 from pathlib import Path
 
@@ -42,6 +41,9 @@ def only_our_keys(certificate: Path, variables: Path = VARIABLES) -> bool:
     """Whether Secure Boot is on, and `certificate` (PEM) is the one entry of each of PK, KEK and db."""
     if secure_boot(variables) != "on":
         return False
+    # Loads OpenSSL, which no ordinary boot needs.
+    import ssl
+
     try:
         der = ssl.PEM_cert_to_DER_cert(certificate.read_text())
         for name, guid in (("PK", _GLOBAL), ("KEK", _GLOBAL), ("db", _SECURITY)):

@@ -10,10 +10,8 @@ new backup is: firmware and kernel (`gpt` on its command line) take whichever is
 
 from __future__ import annotations
 
-import configparser
 import os
 import re
-import secrets
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -134,6 +132,9 @@ def needed_bytes(definitions: Sequence[Path]) -> int:
 
     The slots are told by their label, `_empty`; the image brought the partitions without one.
     """
+    # Only the first boot gets here, and every boot waits for this module.
+    import configparser
+
     total = 0
     for path in sorted(file for folder in definitions for file in folder.glob("*.conf")):
         parser = configparser.ConfigParser(interpolation=None)
@@ -250,7 +251,7 @@ def _loop(backing: Path, options: Sequence[str], sector_bytes: int) -> Iterator[
 @contextmanager
 def _stand_in(disk: Disk) -> Iterator[tuple[Path, Path]]:
     """The device to partition, and the file that holds its first MiB. Everything else is the disk itself."""
-    name = f"ai-assistant-disk-{secrets.token_hex(4)}"
+    name = f"ai-assistant-disk-{os.urandom(4).hex()}"
     head = Path("/run") / f"{name}.head"
     with disk.device.open("rb") as device:
         head.write_bytes(device.read(HEAD_BYTES))

@@ -12,11 +12,9 @@ in memory and nothing is written. state.json tells the rest of the system which 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -200,7 +198,7 @@ def _encrypted(disk: Disk, slots: Path) -> None:
 
 def new_recovery_key() -> str:
     """256 random bits in systemd's letters for recovery keys, which lie in the same place on most keyboards."""
-    letters = "".join(_MODHEX[byte >> 4] + _MODHEX[byte & 15] for byte in secrets.token_bytes(32))
+    letters = "".join(_MODHEX[byte >> 4] + _MODHEX[byte & 15] for byte in os.urandom(32))
     return normalised(letters)
 
 
@@ -328,6 +326,9 @@ def recovery() -> None:
     waiting = RECOVERY / "key"
     if not waiting.exists():
         return
+    # Loads OpenSSL, which `start`, that every boot waits for, does not need.
+    import hashlib
+
     key = waiting.read_text().strip()
     # The vault writes the hash of the key that was acknowledged; a power cut may have left that key.
     with suppress(OSError):

@@ -133,3 +133,25 @@ def test_the_daemon_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=CHECKOUT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+_LATER = {
+    "ai_assistant.daemon.app": {
+        "ai_assistant.hal.detect",
+        "email",
+        "http.client",
+        "importlib.resources",
+        "pyudev",
+        "starlette",
+        "urllib.request",
+        "uvicorn",
+    },
+    "ai_assistant.provisioning.storage": {"configparser", "hashlib", "secrets", "ssl"},
+}
+
+
+@pytest.mark.parametrize("module", _LATER)
+def test_what_every_boot_waits_for_leaves_the_rest_for_later(module: str) -> None:
+    script = f"import sys, {module}\nprint(sorted({_LATER[module]!r} & set(sys.modules)))\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=CHECKOUT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
