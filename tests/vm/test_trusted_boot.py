@@ -57,6 +57,12 @@ def test_state_is_encrypted_and_etc_is_writable(machine: VM) -> None:
     assert tokens.count(": luks2") == 2, tokens
 
 
+def test_the_seed_of_the_boot_loader_was_refreshed(machine: VM) -> None:
+    assert machine.run("systemctl", "is-active", "ai-assistant-boot-seed").strip() == "active"
+    seed = "/boot/loader/random-seed"
+    assert machine.run("find", seed, "-newer", "/run/ai-assistant-storage/state.json").strip() == seed
+
+
 def test_the_machine_has_an_identity(machine: VM) -> None:
     identity = machine.run("cat", "/etc/machine-id").strip()
     assert re.fullmatch("[0-9a-f]{32}", identity)
