@@ -32,7 +32,9 @@ def finalize(root: Path) -> None:
 def module(root: Path, name: str, mode: py_compile.PycInvalidationMode) -> Path:
     source = root / f"usr/lib/python3/dist-packages/{name}.py"
     source.write_text("VALUE = 'compiled'\n")
-    return Path(py_compile.compile(str(source), doraise=True, invalidation_mode=mode))
+    compiled = py_compile.compile(str(source), doraise=True, invalidation_mode=mode)
+    assert compiled is not None
+    return Path(compiled)
 
 
 def imported(root: Path, name: str) -> str:
