@@ -359,8 +359,8 @@ def planning(count: int) -> Iterator[Row]:
             times = []
             for _ in range(max(count, 5)):
                 graph = ladder(2000)
+                CostModel(opened, versions=opened.versions, folder=Path(folder)).measure(graph, opened, 2.0)
                 costs = CostModel(opened, versions=opened.versions, folder=Path(folder))
-                costs.measure(graph, opened, 2.0)
                 begin = time.perf_counter()
                 plan(graph, opened, parse(intent), costs=costs)
                 times.append(time.perf_counter() - begin)

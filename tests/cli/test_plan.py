@@ -61,6 +61,7 @@ def test_a_plan_for_people_and_for_programs(cli: Cli, model: Path) -> None:
     assert shown.status == 0, shown.err
     assert "alone" in shown.out
     assert "MatMul ×4" in shown.out
+    assert "Schema error" not in shown.err
     found = cli("plan", str(model), "--devices", "cpu,onnxruntime", "--json").json
     assert set(found["devices"]) <= {"cpu", "onnxruntime"}
     assert sum(part["nodes"] for part in found["parts"]) >= 10
