@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from ai_assistant.hal.conformance.report import Report
     from ai_assistant.hal.contract import Backend
 
-app = typer.Typer(help="Backends of devices: list and certify them.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Backends of devices: begin, list and certify.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 def _option(name: str, metavar: str, help_text: str) -> Any:
@@ -225,3 +227,53 @@ def keygen(
         out.document({"key": str(file), "public_key": public})
     else:
         out.line(public)
+
+
+@app.command("new", cls=Command)
+def new(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Such as acme-npu.", show_default=False)],
+    language: Annotated[str, typer.Option("--language", "-l", metavar="LANGUAGE", help="python or c.")] = "python",
+    folder: Annotated[Path, typer.Option("--folder", metavar="DIR", help="Where its folder is made.")] = Path(),
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Begin a backend: a folder with one that works, to be changed step by step.
+
+    \b
+    Examples:
+      ai-assistant hal new acme-npu
+      ai-assistant hal new acme-npu --language c --folder ~/src
+    """
+    from ai_assistant.hal.scaffold import Language, scaffold
+
+    out: Output = context.obj
+    if language not in set(Language):
+        raise usage_error(f"{language[:20]!r} is no language: python or c")
+    made = scaffold(name, folder, Language(language))
+    if out.json:
+        out.document({"folder": str(made.folder), "files": [str(each) for each in made.files]})
+        return
+    for each in made.files:
+        out.line(str(each))
+    first = f"make -C {made.folder} && " if language == Language.C else ""
+    out.note(f"next: {first}ai-assistant hal certify {made.backend} --level bronze")
+
+
+@app.command("include", cls=Command)
+def include(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
+    """Print the folder of ai_hal.h, for a compiler's -I.
+
+    \b
+    Examples:
+      ai-assistant hal include
+      cc -I$(ai-assistant hal include) -shared -fPIC -o acme.so acme.c
+    """
+    from ai_assistant.hal.scaffold import include_folder
+
+    out: Output = context.obj
+    path = str(include_folder())
+    if out.json:
+        out.document({"include": path})
+    else:
+        out.line(path)

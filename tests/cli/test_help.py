@@ -24,7 +24,8 @@ COMMANDS = (
     ("storage", "acknowledge"),
     ("storage", "reseal"), ("verify-boot",), ("api", "enable"), ("api", "disable"), ("api", "status"),
     ("api", "key", "add"), ("api", "key", "list"), ("api", "key", "remove"),
-    ("hal", "list"), ("hal", "certify"), ("hal", "verify-report"), ("hal", "keygen"),
+    ("hal", "list"), ("hal", "certify"), ("hal", "verify-report"), ("hal", "keygen"), ("hal", "new"),
+    ("hal", "include"),
 )  # fmt: skip
 
 
