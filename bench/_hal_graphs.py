@@ -182,22 +182,25 @@ def inception(blocks: int, size: int = 28, channels: int = 64) -> Graph:
 
 
 def ladder(nodes: int, size: int = 64) -> Graph:
-    """So many nodes with connections near and far, as planners dislike."""
+    """So many nodes with connections near and far, as planners dislike; what nobody uses is an output."""
     net = Net(f"{nodes} nodes")
     values = [net.input(size, size), net.input(size, size)]
+    unused = set(values)
     draw = np.random.default_rng(nodes)
     weight = net.weight(size, size)
     for number in range(nodes):
         near = values[-1 - int(draw.integers(min(8, len(values))))]
-        if number % 4 == 0:
+        far = values[int(draw.integers(len(values)))]
+        unused.discard(near)
+        if number % 3 == 0:
             values.append(net.matmul(near, weight))
-        elif number % 4 == 1:
+        elif number % 3 == 1:
             values.append(net.op("Tanh", near))
         else:
-            values.append(net.op("Add", near, values[int(draw.integers(len(values)))]))
-
-    total = values[-1]
-    return net.graph(total)
+            unused.discard(far)
+            values.append(net.op("Add", near, far))
+        unused.add(values[-1])
+    return net.graph(*sorted(unused - set(net.inputs)))
 
 
 SUITE: dict[str, Callable[[], Graph]] = {

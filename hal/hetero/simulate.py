@@ -174,6 +174,7 @@ def memory(problem: Problem, cut: Sequence[Piece]) -> Mapping[int, int]:
     held: dict[int, int] = {}
     inner: dict[int, int] = {}
     home = {group: number for number, piece in enumerate(cut) for group in piece.groups}
+    wanted = set(dag.graph.outputs)
     for number, piece in enumerate(cut):
         constants = {index for group in piece.groups for index in dag.constants[group]}
         here = sum(int(data.nbytes) for index in constants if (data := dag.graph.values[index].data) is not None)
@@ -181,7 +182,7 @@ def memory(problem: Problem, cut: Sequence[Piece]) -> Mapping[int, int]:
             here += sum(
                 dag.nbytes[value]
                 for value in dag.makes[group]
-                if value in dag.graph.outputs or any(home[user] != number for user in _users(dag, value))
+                if value in wanted or any(home[user] != number for user in _users(dag, value))
             )
         arriving = {
             value
