@@ -77,7 +77,7 @@ def test_a_device_that_does_not_work_is_a_warning_with_what_helps(monkeypatch: p
     display = Device("vga", DeviceKind.GPU, "VGA", state=DriverState.NO_DRIVER, attributes={"compute": False})
     npu = Device("npu", DeviceKind.NPU, "NPU", state=DriverState.FIRMWARE_MISSING, hint="install firmware-amd-graphics")
     found = [display]
-    monkeypatch.setattr(checks.Client, "devices", lambda self: found)
+    monkeypatch.setattr("ai_assistant.client.Client.devices", lambda self: found)
     assert checks.run(checks.devices) == checks.Result("devices", "ok", "no GPU or NPU")
     found.append(npu)
     result = checks.run(checks.devices)
