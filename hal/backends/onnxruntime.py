@@ -34,6 +34,7 @@ from ai_assistant.hal.graph import NO_VALUE, DType, Graph, Node, TensorSpec, Val
 from ai_assistant.hal.host import HostAllocator, HostProgram, HostQueue
 from ai_assistant.hal.operators import YES, Support
 from ai_assistant.hal.quiet import silent
+from ai_assistant.hal.single import alone
 
 CPU = "CPUExecutionProvider"
 _XNNPACK = "XnnpackExecutionProvider"
@@ -215,9 +216,9 @@ class OnnxRuntimeContext(Context):
     def _ask(self, node: Node, graph: Graph) -> Support:
         if self.provider == _XNNPACK and node.op == "Gemm" and len(node.inputs) < 3:
             return Support(False, "XNNPACK in ONNX Runtime 1.21 dies of a Gemm without its third input")
-        alone = _alone(node, graph, keep=self.provider != CPU)
+        one = alone(node, graph, most_elements=_LARGE if self.provider == CPU else None)
         try:
-            self._session(onnx_graph.write(alone), optimise=self.provider != CPU, threads=1)
+            self._session(onnx_graph.write(one), optimise=self.provider != CPU, threads=1)
         except AIAssistantError as error:
             if "assigned to the default CPU EP" in error.message:
                 return Support(False, f"{self.provider} leaves {node} to the processor")
@@ -297,29 +298,6 @@ def _question(node: Node, graph: Graph) -> object:
     )
     opsets = tuple(sorted(graph.opsets.items()))
     return node.domain, node.op, opsets, attributes, *(of(index) for index in (*node.inputs, NO_VALUE, *node.outputs))
-
-
-def _alone(node: Node, graph: Graph, *, keep: bool) -> Graph:
-    """A graph of one node. Large constants become inputs, unless they are to be kept."""
-    order = dict.fromkeys(index for index in (*node.inputs, *node.outputs) if index != NO_VALUE)
-    place = {index: number for number, index in enumerate(order)} | {NO_VALUE: NO_VALUE}
-    values = []
-    for index in order:
-        value = graph.values[index]
-        large = value.data is not None and value.data.size > _LARGE and not keep
-        values.append(Value(value.name, value.spec, None if large else value.data))
-    inputs = tuple(place[index] for index in dict.fromkeys(node.inputs) if index != NO_VALUE)
-    outputs = tuple(place[index] for index in node.outputs)
-    moved = Node(
-        node.op, node.version, tuple(place[index] for index in node.inputs), outputs, node.attributes, node.domain
-    )
-    return Graph(
-        tuple(values),
-        (moved,),
-        tuple(index for index in inputs if values[index].data is None),
-        tuple(index for index in outputs if index != NO_VALUE),
-        graph.opsets,
-    )
 
 
 class OnnxRuntimeBackend(Backend):
