@@ -116,6 +116,8 @@ def _c(name: str) -> dict[str, str]:
     text = _example("vendor-c", "example.c").replace("example-c", name)
     return {
         f"{module}.c": text,
+        "operators.c": _example("vendor-c", "operators.c"),
+        "operators.h": _example("vendor-c", "operators.h"),
         "Makefile": _MAKEFILE.format(module=module),
         "README.md": _README.format(
             name=name,
@@ -153,8 +155,8 @@ py-modules = ["{module}"]
 _MAKEFILE = """\
 CFLAGS += -std=gnu11 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -I$(shell ai-assistant hal include)
 
-{module}.so: {module}.c
-	$(CC) $(CFLAGS) -shared -o $@ $< -lm -lpthread
+{module}.so: {module}.c operators.c operators.h
+	$(CC) $(CFLAGS) -shared -o $@ {module}.c operators.c -lm -lpthread
 """
 
 _PYTHON_STEPS = """\
@@ -165,7 +167,7 @@ _PYTHON_STEPS = """\
 4. **Backend.** `probe` looks for your device, and says what is missing and what helps when it is not there."""
 
 _C_STEPS = """\
-1. **Operators.** The table at the top names each operator, version and kernel. Begin with one of them.
+1. **Operators.** The table in `operators.c` names each operator, its types, versions and kernel. Begin with one.
 2. **Program.** `compile` gets a graph of plain structures, see `ai_hal.h`. Hand it to your compiler here.
 3. **Memory and queues.** Those of the example are the host's; replace them when your device has its own.
 4. **Probe.** Look for your device, and return AI_HAL_UNAVAILABLE with a hint when something is missing."""
