@@ -141,7 +141,12 @@ class CostModel:
 
     def _measure_rates(self, name: str) -> None:
         if self._stores[name].get(_RATES) is None:
-            self._stores[name].put(_RATES, *measure.rates(self._contexts[name]))
+            try:
+                self._stores[name].put(_RATES, *measure.rates(self._contexts[name]))
+            except DeviceLost:
+                raise
+            except AIAssistantError:
+                return  # a device that cannot even do this is not worth more; its rates stay assumed
 
     def _measure_route(self, source: str, target: str) -> None:
         try:
@@ -156,7 +161,12 @@ class CostModel:
     def _measure_watts(self, name: str) -> None:
         context, store = self._contexts[name], self._stores[name]
         if context.capabilities.reads_power and store.get(_WATTS) is None:
-            watts = measure.watts(context)
+            try:
+                watts = measure.watts(context)
+            except DeviceLost:
+                raise
+            except AIAssistantError:
+                return
             if watts is not None and 0 < watts < _MAX_WATTS:
                 store.put(_WATTS, watts)
 

@@ -360,16 +360,19 @@ def _part(
         if total < INFINITE:
             seconds[other] = total
         else:
-            refusal = next(
-                (f"{graph.nodes[node]}: {reasons[other]}" for node in nodes
-                 if (reasons := unsupported.get(node)) and other in reasons),
-                "",
-            )  # fmt: skip
+            refusal = next((_refusal(graph, node, reasons[other]) for node in nodes
+                            if (reasons := unsupported.get(node)) and other in reasons), "")  # fmt: skip
             if refusal:
                 refusals[other] = refusal
     sources = Counter(problem.costs.node_s(name, graph.nodes[node], graph).source for node in nodes)
     why = _why(number, name, seconds, refusals, cut, problem, prediction, fallback)
     return Part(number, name, nodes, after, seconds, prediction.starts_s[number], dict(sources), why, refusals)
+
+
+def _refusal(graph: Graph, node: int, reason: str) -> str:
+    """The reason with the operator that it speaks of."""
+    name = str(graph.nodes[node])
+    return reason if name in reason else f"{name}: {reason}"
 
 
 def _why(

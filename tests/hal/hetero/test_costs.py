@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ai_assistant.errors import DeviceLost
 from ai_assistant.hal.graph import NO_VALUE, Attribute, DType, Graph, Node, TensorSpec, Value
 from ai_assistant.hal.hetero.contract import Source
 from ai_assistant.hal.hetero.cost import ASSUMED_FLOPS_S, ASSUMED_LAUNCH_S, CostModel, between, signature
@@ -197,6 +198,24 @@ def test_watts_are_read_while_the_device_works(tmp_path: Path) -> None:
     model = CostModel({"a": device}, folder=tmp_path)
     model.measure(chain("Tanh"), ["a"])
     assert model.watts("a") == 7.5
+
+
+def test_a_device_that_fails_at_everything_keeps_its_estimates(tmp_path: Path) -> None:
+    def fail(graph: Graph) -> None:
+        raise ZeroDivisionError("by design")
+
+    device = FakeDevice("a", before_run=fail)
+    graph = branches(2)
+    model = CostModel({"a": device}, folder=tmp_path)
+    assert model.measure(graph, ["a"]) == 0
+    assert model.node_s("a", graph.nodes[0], graph).source is Source.ASSUMED
+
+    def lose(graph: Graph) -> None:
+        raise DeviceLost("unplugged")
+
+    device.before_run = lose
+    with pytest.raises(DeviceLost):
+        model.measure(graph, ["a"])
 
 
 def test_candidates_are_tried_for_real(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ai_assistant.errors import Cancelled
 from ai_assistant.hal.graph import Array, DType, Graph
 from ai_assistant.hal.hetero.cost import CostModel
 from ai_assistant.hal.hetero.devices import OpenDevices, open_devices
@@ -144,3 +145,36 @@ def test_a_process_that_dies_is_a_lost_device(opened: OpenDevices) -> None:
                 close(executor.run(inputs, 60), wanted)
                 if not during:
                     assert executor.plan.devices == ("onnxruntime",)
+
+
+@pytest.mark.parametrize(
+    "graph", [branches(2, 3, 64, 8), resnet(64, (1, 1, 1, 1), 16)], ids=lambda each: str(each.name)
+)
+def test_a_shared_library_works_beside_python_and_onnxruntime(
+    opened: OpenDevices, graph: Graph, tmp_path: Path
+) -> None:
+    """Events of a library's own queues, and what it does not implement."""
+    from ai_assistant.hal.native import NativeBackend
+    from tests.hal.native.build import example
+
+    inputs = [sample(spec, 7) for spec in graph.input_specs]
+    wanted = alone(graph, opened, inputs)
+    rng = np.random.default_rng(1)
+    with NativeBackend(example(tmp_path)).open() as native:
+        contexts = {"native": native, "onnxruntime": opened["onnxruntime"], "cpu": opened["cpu"]}
+        ops = {node.op for node in graph.nodes}
+        times = {(name, op): rng.uniform(1e-6, 1e-3) for name in contexts for op in ops}
+        costs = SimulatedCosts({**times, **{("native", op): 1e-7 for op in ops}}, launch=0, hop=0, bytes_s=1e15)
+        found = plan(graph, contexts, parse("ON"), costs=costs)
+        assert "native" in found.devices
+        assert len(found.devices) > 1
+        assert any("not implemented" in reason for part in found.parts for reason in part.unsupported.values())
+        with Executor(found, depth=2) as executor:
+            runs = [executor.submit(inputs) for _ in range(2)]
+            for run in runs:
+                close(run.result(60), wanted)
+            cancelled = executor.submit(inputs)
+            cancelled.cancel()
+            with pytest.raises(Cancelled):
+                cancelled.result(60)
+            close(executor.run(inputs, 60), wanted)
