@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -49,6 +49,7 @@ class Known:
         kind: empty where its class says it.
         driver: the name of a `Driver`.
         firmware: what this very device needs, in place of the driver's.
+        revisions: what it needs instead by its PCI revision, as in "0x11", where the driver chooses by that.
         package: of that firmware, where it is not the driver's.
     """
 
@@ -56,6 +57,7 @@ class Known:
     kind: DeviceKind | None
     driver: str
     firmware: tuple[str, ...] = ()
+    revisions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     package: str = ""
     figures: tuple[Throughput, ...] = ()
 
@@ -104,6 +106,7 @@ def parse(data: Mapping[str, Any]) -> Table:
             raise ValueError(f"{row['name']}: there is no driver {row['driver']}")
         row["kind"] = DeviceKind(row["kind"]) if "kind" in row else None
         row["firmware"] = tuple(row.get("firmware", ()))
+        row["revisions"] = {key: tuple(names) for key, names in row.get("revisions", {}).items()}
         row["figures"] = tuple(
             Throughput.from_dict({"source": Source.DATASHEET, **figure}) for figure in row.get("figures", ())
         )

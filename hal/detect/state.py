@@ -59,10 +59,12 @@ def judge(
     if nodes:
         return usable(machine, nodes, driver)
     modules = aliases(machine, _modalias(device))
+    if driver is None and modules and not bound:
+        driver = table.drivers.get(modules[0])
     module = bound or (driver.module if driver else "") or (modules[0] if modules else "")
     if bound or (module and machine.has_module(module)):
         return _without_node(machine, device, bound, module, driver, known)
-    return State(DriverState.NO_DRIVER, _driver_hint(machine, module, modules, driver, known))
+    return State(DriverState.NO_DRIVER, _driver_hint(machine, device, module, modules, driver, known))
 
 
 def usable(machine: Sysfs, nodes: Sequence[str], driver: Driver | None) -> State:
@@ -106,7 +108,7 @@ def _without_node(
     machine: Sysfs, device: Path, bound: str, module: str, driver: Driver | None, known: Known | None
 ) -> State:
     logged = missing_in_log(machine, device.name)
-    needed, package = _firmware(driver, known)
+    needed, package = _firmware(device, driver, known)
     if logged or (needed and not any(machine.has_firmware(name) for name in needed)):
         file = logged or needed[0]
         if package:
@@ -120,15 +122,21 @@ def _without_node(
     return State(DriverState.NO_DRIVER, f"the driver {module} {what}; the reason is in: journalctl -k -g {device.name}")
 
 
-def _firmware(driver: Driver | None, known: Known | None) -> tuple[tuple[str, ...], str]:
-    needed = (known.firmware if known else ()) or (driver.firmware if driver else ())
+def _firmware(device: Path, driver: Driver | None, known: Known | None) -> tuple[tuple[str, ...], str]:
+    own = known.revisions.get(sysfs.text(device / "revision"), known.firmware) if known else ()
+    needed = own or (driver.firmware if driver else ())
     return needed, (known.package if known else "") or (driver.package if driver else "")
 
 
 def _driver_hint(
-    machine: Sysfs, module: str, modules: Sequence[str] | None, driver: Driver | None, known: Known | None
+    machine: Sysfs,
+    device: Path,
+    module: str,
+    modules: Sequence[str] | None,
+    driver: Driver | None,
+    known: Known | None,
 ) -> str:
-    needed, package = _firmware(driver, known)
+    needed, package = _firmware(device, driver, known)
     also = ""
     if needed and package and not any(machine.has_firmware(name) for name in needed):
         also = f"; it also needs firmware: install {package}"

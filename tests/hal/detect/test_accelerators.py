@@ -107,6 +107,28 @@ def test_the_kernels_log_says_which_firmware(machine: FakeMachine) -> None:
     assert "vpu_37xx_v9.bin" in found.hint
 
 
+def test_firmware_that_is_chosen_by_revision(machine: FakeMachine) -> None:
+    folder = machine.pci("0000:c6:00.1", "1022:17f0", "0x118000", revision="0x11")
+    machine.module("amdxdna")
+    machine.write("lib/firmware/amdnpu/17f0_10/npu.sbin.zst", "of another revision")
+    found = npu(machine)
+    assert found.state is DriverState.FIRMWARE_MISSING
+    assert "amdnpu/17f0_11/npu.sbin" in found.hint
+    # Where the revision says nothing, any of them may be the right one.
+    for revision in ("0x10", "0x20", "", "0x", "0xff", "a\0b"):
+        (folder / "revision").write_text(f"{revision}\n")
+        assert npu(machine).state is DriverState.NO_DRIVER
+
+
+def test_a_gpu_that_no_table_knows_gets_its_package_from_the_module_that_takes_it(machine: FakeMachine) -> None:
+    machine.pci("0000:01:00.0", "1002:6fff", "0x030000", modalias="pci:v00001002d00006FFFsv0sd0bc03sc00i00")
+    machine.aliases("pci:v00001002d00006FFFsv*sd*bc*sc*i* amdgpu")
+    machine.module("amdgpu")
+    found = gpu(machine)
+    assert found.state is DriverState.FIRMWARE_MISSING
+    assert "firmware-amd-graphics" in found.hint
+
+
 def test_debians_own_wording_in_the_log(machine: FakeMachine) -> None:
     machine.pci(*NPU)
     machine.module("intel_vpu")
