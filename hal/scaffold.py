@@ -114,6 +114,7 @@ def _python(name: str) -> dict[str, str]:
 def _c(name: str) -> dict[str, str]:
     module = _module(name)
     text = _example("vendor-c", "example.c").replace("example-c", name)
+    text = text.replace("An example vendor backend in C", f"The {name} backend", 1)
     return {
         f"{module}.c": text,
         "operators.c": _example("vendor-c", "operators.c"),
@@ -153,10 +154,15 @@ py-modules = ["{module}"]
 """
 
 _MAKEFILE = """\
-CFLAGS += -std=gnu11 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -I$(shell ai-assistant hal include)
+INCLUDE ?= $(shell ai-assistant hal include)
+CFLAGS += -std=gnu11 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -I$(INCLUDE)
 
 {module}.so: {module}.c operators.c operators.h
-	$(CC) $(CFLAGS) -shared -o $@ {module}.c operators.c -lm -lpthread
+	$(CC) $(CFLAGS) $(LDFLAGS) -shared -o $@ {module}.c operators.c -lm -lpthread
+
+clean:
+	rm -f {module}.so
+.PHONY: clean
 """
 
 _PYTHON_STEPS = """\
@@ -167,10 +173,12 @@ _PYTHON_STEPS = """\
 4. **Backend.** `probe` looks for your device, and says what is missing and what helps when it is not there."""
 
 _C_STEPS = """\
-1. **Operators.** The table in `operators.c` names each operator, its types, versions and kernel. Begin with one.
-2. **Program.** `compile` gets a graph of plain structures, see `ai_hal.h`. Hand it to your compiler here.
-3. **Memory and queues.** Those of the example are the host's; replace them when your device has its own.
-4. **Probe.** Look for your device, and return AI_HAL_UNAVAILABLE with a hint when something is missing."""
+1. **Devices** (`probe`, `open_device`). Look for your device. When its driver or firmware is missing return
+   AI_HAL_UNAVAILABLE with a hint that names the package: that is no failure.
+2. **Memory** (`allocate` to `statistics`). The host's, to begin with. Count bytes exactly.
+3. **Operators** (`operators.c`). Which nodes can be run, why others cannot, and the kernels. Keep the reasons.
+4. **Programs** (`compile`, `run`). A graph is plain structures, see `ai_hal.h`. Hand it to your compiler here.
+5. **Queues** (`queue_*`, `event_*`). A thread each, to begin with; replace them by your driver's."""
 
 _README = """\
 # {name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 from ai_assistant.errors import AlreadyExists, InvalidArgument, NoSpace
 from ai_assistant.hal.contract import Backend
-from ai_assistant.hal.scaffold import scaffold
+from ai_assistant.hal.native import NativeBackend
+from ai_assistant.hal.scaffold import Language, include_folder, scaffold
 
 
 def test_a_python_backend_is_made_and_works(tmp_path: Path) -> None:
@@ -47,3 +49,18 @@ def test_what_is_there_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NoSpace, match="cannot be written"):
         scaffold("acme", tmp_path / "file")
+
+
+@pytest.mark.engine
+def test_a_backend_in_c_is_made_and_builds(tmp_path: Path) -> None:
+    made = scaffold("acme-chip", tmp_path, Language.C)
+    # As its Makefile does; make itself is tried in the image (tests/appliance/test_hardware.py).
+    sources = [each for each in made.files if each.suffix == ".c"]
+    command = ["gcc", "-std=gnu11", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-shared", f"-I{include_folder()}"]
+    done = subprocess.run(
+        [*command, "-o", made.backend, *sources, "-lm", "-lpthread"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    backend = NativeBackend(made.backend)
+    assert backend.name == "acme-chip"
+    assert backend.probe().devices

@@ -1,0 +1,44 @@
+"""Hardware in the booted image: what is found, and a vendor's first backend, begun and certified where it will run."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from image.container import Container
+
+
+def test_the_processor_is_found_and_said_to_everybody(appliance: Container) -> None:
+    deadline = time.monotonic() + 60
+    while not (found := json.loads(appliance.run("ai-assistant", "devices", "--json", user="nobody").stdout)):
+        assert time.monotonic() < deadline, "no device appeared"
+        time.sleep(0.5)
+    kinds = {each["kind"] for each in found}
+    assert {"cpu", "memory"} <= kinds
+    processor = next(each for each in found if each["kind"] == "cpu")
+    assert processor["state"] == "working"
+    assert processor["attributes"]["threads"] >= 1
+    log = appliance.run("journalctl", "-u", "ai-assistantd", "--no-pager").stdout
+    assert "devices are not followed any more" not in log
+    assert "devices that come and go cannot be followed" not in log
+
+
+def test_the_products_backends_are_there(appliance: Container) -> None:
+    rows = json.loads(appliance.run("ai-assistant", "hal", "list", "--json").stdout)
+    found = {each["backend"]: each for each in rows}
+    for name in ("cpu", "onnxruntime", "ggml", "null"):
+        assert found[name]["devices"], found[name]
+    assert found["openvino"]["unavailable"]
+
+
+def test_a_backend_is_begun_and_certified_in_the_image(appliance: Container) -> None:
+    begin = "cd /tmp && rm -rf acme-npu acme-chip && "
+    python = "ai-assistant hal new acme-npu && ai-assistant hal certify acme-npu/acme_npu.py --level bronze --json"
+    done = appliance.run("sh", "-c", begin + python, timeout_s=300)
+    assert '"level": "bronze"' in done.stdout or '"level":"bronze"' in done.stdout
+    native = (
+        "ai-assistant hal new acme-chip --language c && make -C acme-chip && "
+        "ai-assistant hal certify acme-chip/acme_chip.so --level bronze"
+    )
+    done = appliance.run("sh", "-c", "cd /tmp && " + native, timeout_s=300)
+    assert "bronze" in done.stdout
