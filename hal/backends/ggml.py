@@ -136,7 +136,8 @@ class GgmlContext(Context):
         if threads:
             lib.set_threads(at, self.backend, threads)
         self.capabilities = Capabilities(dtypes=FLOATS, memory_bytes=lib.memory(at))
-        self._memory = HostAllocator()
+        # Tensors lie on the host and are copied, so they are held to what the device could take at once.
+        self._memory = HostAllocator(limit_bytes=self.capabilities.memory_bytes)
         self._queues: list[HostQueue] = []
         self._programs: list[GgmlProgram] = []
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ai_assistant.errors import InvalidArgument, NotSupported
+from ai_assistant.errors import InvalidArgument, NotSupported, OutOfMemory
 from ai_assistant.hal.backends import ggml as module
 from ai_assistant.hal.contract import Context
 from ai_assistant.hal.ggml import library
@@ -65,6 +65,13 @@ def test_the_processor_is_a_device() -> None:
     for name in ("no", "cpu", "CPU\0", "x" * 999):
         with pytest.raises(NotSupported):
             backend.open(name)
+
+
+@pytest.mark.engine
+def test_no_more_memory_than_the_device_says(cpu: Context) -> None:
+    assert cpu.capabilities.memory_bytes > 0
+    with pytest.raises(OutOfMemory):
+        cpu.allocator.allocate(cpu.capabilities.memory_bytes + 1)
 
 
 @pytest.mark.engine
