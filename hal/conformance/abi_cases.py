@@ -28,6 +28,7 @@ class Library:
 
     def __init__(self, subject: Subject) -> None:
         assert subject.path is not None
+        self._doing = subject.doing
         try:
             self._library = c.CDLL(str(subject.path.absolute()))
             self.get_api = self._library.ai_hal_get_api
@@ -53,6 +54,7 @@ class Library:
     def call(self, name: str, *arguments: Any) -> int:
         """Call a function whose last argument is the error. Checks and frees the error."""
         error = c.c_void_p()
+        self._doing(f"{name}({', '.join('NULL' if each is None else '…' for each in arguments)})")
         status: int = getattr(self, name)(*arguments, c.byref(error))
         if error.value:
             found = t.Error.from_address(error.value)

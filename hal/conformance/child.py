@@ -1,7 +1,7 @@
 """The process in which cases run: python -m ai_assistant.hal.conformance.child, started by run.py only.
 
 Its first line of input is a JSON object (`Job`); what it writes to its standard output are JSON lines:
-{"ready": …} once, {"begin": case}, {"end": case, "outcome": …}. It ends when its input is closed.
+{"ready": …} once, {"begin": case}, {"doing": text}, {"end": case, "outcome": …}. It ends when its input is closed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,15 @@ def work(job: dict[str, Any], out: TextIO) -> None:
     spec = str(job["backend"])
     path = Path(spec) if is_path(spec) else None
     try:
-        subject = Subject(load(spec), job["device"], path, job["seed"], job["examples"], job["soak_s"])
+        subject = Subject(
+            load(spec),
+            job["device"],
+            path,
+            job["seed"],
+            job["examples"],
+            job["soak_s"],
+            lambda text: say(doing=tidy(text)[:200]),
+        )
         known = {case.id: case for case in suite.cases(job["level"], path)}
         say(ready=describe(subject))
     except AIAssistantError as error:

@@ -48,6 +48,7 @@ def attempt(subject: Subject, op: str, sample: Sample, opset: int, loose: float)
             raise CaseFailed("it is declared unsupported without a reason")
         raise Unsupported(support.reason)
     queue = _queue(subject)
+    subject.doing(_shown(sample))
     try:
         program = context.compile(graph)
         try:

@@ -182,7 +182,7 @@ def _pass(settings: Settings, names: list[str], limit: Callable[[str], float]) -
         "cases": names,
     }
     child = _Child(job)
-    current, moved = "", False
+    current, doing, moved = "", "", False
     try:
         while True:
             try:
@@ -190,11 +190,11 @@ def _pass(settings: Settings, names: list[str], limit: Callable[[str], float]) -
             except TimeoutError:
                 if not current:
                     raise BackendFailed(f"the backend does not load within {settings.limit_s:g} s") from None
-                yield "end", Result(current, Outcome.HUNG, f"it did not end within {limit(current):g} s")
+                yield "end", Result(current, Outcome.HUNG, f"it did not end within {limit(current):g} s{doing}")
                 return
             if message is None:
                 if current:
-                    yield "end", Result(current, Outcome.CRASHED, child.end())
+                    yield "end", Result(current, Outcome.CRASHED, child.end() + doing)
                 elif not moved:
                     raise BackendFailed(f"the backend does not load: {child.end()}")
                 return
@@ -206,8 +206,10 @@ def _pass(settings: Settings, names: list[str], limit: Callable[[str], float]) -
                     raise _unavailable(message["ready"])
                 moved = not names
             elif "begin" in message:
-                current = str(message["begin"])
+                current, doing = str(message["begin"]), ""
                 yield "begin", current
+            elif "doing" in message:
+                doing = f" at {message['doing']}"
             else:
                 yield "end", _result(message)
                 current, moved = "", True

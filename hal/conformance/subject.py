@@ -46,6 +46,7 @@ class Subject:
         seed: of every random number.
         examples: how many inputs an operator's sweep tries.
         soak_s: how long a model is run over and over.
+        doing: told what is tried next, for the report in case that the process dies of it.
     """
 
     backend: Backend
@@ -54,6 +55,7 @@ class Subject:
     seed: int = 0
     examples: int = 20
     soak_s: float = 10.0
+    doing: Callable[[str], None] = lambda text: None
     shared: dict[str, Any] = field(default_factory=dict)
 
     def random(self) -> np.random.Generator:

@@ -155,6 +155,13 @@ class _Dies(FakeProgram):
         super().run(inputs, outputs)
 
 
+class _DiesOfLong(FakeProgram):
+    def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        if inputs[0].spec.shape[-1:] >= (7,):
+            os.abort()
+        super().run(inputs, outputs)
+
+
 class _Raises(FakeProgram):
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         raise BackendFailed("the device did not answer")
@@ -350,6 +357,7 @@ Tires = _backend(_Tires)
 Shifted = _backend(_Shifted)
 Hangs = _backend(_Hangs)
 Dies = _backend(_Dies)
+DiesOfLong = _backend(_DiesOfLong)
 Raises = _backend(_Raises)
 LeaksTensors = _backend(_LeaksTensors)
 LeaksProcess = _backend(_LeaksProcess)

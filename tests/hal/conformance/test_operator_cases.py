@@ -99,6 +99,7 @@ def test_operators_that_are_declared_unsupported_cost_nothing_except_in_the_prof
         ("WrongResult", "L3.Add.f32", F, "right is"),
         ("Raises", "L3.Relu.f32", F, "declared supported, and raises BackendFailed"),
         ("LiesAboutTypes", "L3.Add.f16", F, "declared supported, and raises NotSupported"),
+        ("DiesOfLong", "L3.Relu.f32", Outcome.CRASHED, "SIGABRT at (float32["),
         ("Lies", "L3.Conv.f32", F, "declared supported, and raises NotSupported"),
         ("Silent", "L3.Conv.f32", F, "without a reason"),
     ],
