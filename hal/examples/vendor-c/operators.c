@@ -94,7 +94,7 @@ static int next(int rank, const int64_t *dims, int64_t *at) {
 
 /* Eight floats: AVX2 where the processor has it, else pairs of SSE or NEON registers. Memory need not be aligned. */
 typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define FAST __attribute__((target_clones("arch=haswell", "default")))
 #else
 #define FAST
