@@ -100,13 +100,23 @@ class Running:
             return self.failures[0]
         return error
 
+    def calls_here(self) -> bool:
+        """Whether this thread is the queue's own, within a callback."""
+        return self._calling[0] == threading.get_ident()
+
+    def finish(self) -> None:
+        """Wait for the calls that block on the queue, then destroy it."""
+        with self.lock:
+            self.lock.wait_for(lambda: not self.inside)
+        self.destroy()
+
     def destroy(self) -> None:
         """End after what was submitted. From a callback of this queue, another thread does it."""
         if self._gone:
             return
         self._gone = True
         destroy = self.opened.library.function("queue_destroy")
-        if self._calling[0] == threading.get_ident():
+        if self.calls_here():
             kept = (self.opened, self.trampoline, self._pending, self._callbacks)
             threading.Thread(target=_destroy, args=(destroy, self.handle, kept), daemon=True).start()
             return
@@ -294,5 +304,8 @@ class NativeQueue(Queue):
         running = self._running
         with running.lock:
             running.closed = True
-            running.lock.wait_for(lambda: not running.inside)
-        running.destroy()
+        if running.calls_here():
+            # A callback of this queue closes it: whoever waits for that callback would never get out.
+            threading.Thread(target=running.finish, daemon=True).start()
+        else:
+            running.finish()
