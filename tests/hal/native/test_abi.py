@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ai_assistant.hal.native import abi
+from ai_assistant.hal.native import NativeBackend, abi
+from ai_assistant.hal.scaffold import Language, scaffold
 from tests.hal.native import build
 
 pytestmark = pytest.mark.engine
@@ -112,3 +113,14 @@ def test_the_example_builds_as_its_guide_says(tmp_path: Path) -> None:
         ["nm", "-D", "--defined-only", tmp_path / "example.so"], check=True, capture_output=True, text=True
     ).stdout
     assert [line.split()[-1] for line in exported.splitlines()] == ["ai_hal_get_api"]
+
+
+def test_what_hal_new_makes_of_it_builds_and_works_under_its_own_name(tmp_path: Path) -> None:
+    made = scaffold("acme-npu", tmp_path, Language.C)
+    sources = [path for path in made.files if path.suffix == ".c"]
+    build.library(made.folder, made.backend.stem, sources)
+    backend = NativeBackend(made.backend)
+    assert backend.name == "acme-npu"
+    with backend.open() as device:
+        device.allocator.allocate(16).free()
+        device.queue().synchronize(30)
