@@ -245,7 +245,9 @@ class OnnxRuntimeContext(Context):
                 raise NotSupported(f"tensors of {spec.dtype} cannot be handed over")
         if self.provider != CPU:
             self._check(graph)
-        content = onnx_graph.write(graph)
+        return self._program(graph, onnx_graph.write(graph))
+
+    def _program(self, graph: Graph, content: bytes) -> OnnxRuntimeProgram:
         fixed = all(spec.static for spec in graph.input_specs)
         try:
             session = self._session(content, optimise=True, threads=self._threads, fixed=fixed)
@@ -271,7 +273,7 @@ class OnnxRuntimeContext(Context):
             raise InvalidModel("the kept program is damaged")
         if kept != self.identity:
             raise NotSupported("the program was kept by another version, provider or machine", hint="compile it again")
-        return self.compile(onnx_graph.read(content))
+        return self._program(onnx_graph.read(content), content)  # its operators were checked when it was compiled
 
     def queue(self) -> HostQueue:
         self._queues.append(HostQueue("onnxruntime") if self._core is None else _CoreQueue(self._core))

@@ -80,6 +80,8 @@ def test_every_provider_computes_what_it_says_it_supports() -> None:
                 assert answer or answer.reason, node
             if all(answers):
                 assert np.allclose(run(context, graph, _X)[0], block_result(graph, _X), atol=1e-4)
+                kept = context.load(context.compile(graph).blob())
+                assert np.allclose(run(context, graph, _X, program=kept)[0], block_result(graph, _X), atol=1e-4)
             else:
                 with pytest.raises(NotSupported, match=r"Add-14|MatMul-13|Relu-14"):
                     context.compile(graph)
