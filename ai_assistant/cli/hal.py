@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from ai_assistant.hal.conformance.report import Report
     from ai_assistant.hal.contract import Backend
 
-app = typer.Typer(
-    help="Backends of devices: begin, list and certify.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="Backends of devices: begin, list and certify.", no_args_is_help=True, rich_markup_mode=None)
 
 
 def _option(name: str, metavar: str, help_text: str) -> Any:
