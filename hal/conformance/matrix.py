@@ -31,6 +31,7 @@ _MARKDOWN = """\
 {% if next %}
 Not higher because: {{ next|md }}
 {% endif %}
+
 ## Operators
 
 {% for row in lines %}

@@ -246,6 +246,7 @@ def test_the_matrix_shows_each_outcome_and_keeps_texts_in_their_place() -> None:
     }
     made = made_report(changed=changed)
     text = matrix.markdown(made, signed=False)
+    assert "\n\n## Operators\n\n| operator | f32 |\n| --- | --- |\n| Op0 " in text
     assert "| Op1 | some |" in text
     assert "| Op3 | CRASH |" in text
     assert "| Op2 | – |" in text
