@@ -147,3 +147,43 @@ def test_truncated_and_changed_files_never_do_worse_than_a_named_error(tmp_path:
     for data in (b"\xff" * 100, b"GGUF" + bytes(100), rng.randbytes(4096)):
         with pytest.raises((InvalidModel, NotSupported)):
             read(data)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2, 3, 4])
+def test_no_other_file_is_read_whatever_kind_an_attribute_says_it_is(
+    kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beside.bin").write_bytes(bytes(48))
+    node = helper.make_node("Constant", [], ["y"])
+    attribute = node.attribute.add(name="value", type=kind)
+    attribute.t.CopyFrom(_outside())
+    attribute.t.external_data[0].value = "beside.bin"
+    with pytest.raises(NotSupported, match="another file"):
+        read(_model([node]).SerializeToString())
+
+
+def test_a_constant_whose_value_is_of_another_kind() -> None:
+    node = helper.make_node("Constant", [], ["y"], value_int=3)
+    node.attribute[0].name = "value_float"
+    with pytest.raises(InvalidModel):
+        read(_model([node]).SerializeToString())
+
+
+@pytest.mark.parametrize("equation", ["ijkl", "ijk->i", "...ijk->...i", "ij,jk", ""])
+def test_equations_that_the_library_would_crash_on_or_cannot_mean(equation: str) -> None:
+    node = helper.make_node("Einsum", ["x", "x"] if equation == "" else ["x"], ["y"], equation=equation)
+    with pytest.raises(InvalidModel):
+        read(_model([node]).SerializeToString())
+    # Also where the operand's dimensions are found only by inference.
+    later = helper.make_node("Einsum", ["a", "a"] if equation == "" else ["a"], ["y"], equation=equation)
+    with pytest.raises(InvalidModel):
+        read(_model([helper.make_node("Einsum", ["x"], ["a"], equation="ij->ji"), later]).SerializeToString())
+
+
+def test_equations_that_fit_have_known_sizes() -> None:
+    nodes = [
+        helper.make_node("Einsum", ["x"], ["a"], equation="ij->ji"),
+        helper.make_node("Einsum", ["a", "x"], ["y"], equation="ij,jk->ik"),
+    ]
+    assert read(_model(nodes)).output_specs == (TensorSpec(DType.F32, (3, 3)),)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ai_assistant.errors import InvalidArgument, OutOfMemory
+from ai_assistant.errors import InvalidArgument, InvalidModel, OutOfMemory
 from ai_assistant.hal.graph import Array, DType, Graph, Node
 
 FLOATS = frozenset({DType.F16, DType.F32, DType.F64})
@@ -25,27 +25,36 @@ Function = Callable[..., Any]
 
 
 def integer(node: Node, name: str, default: int) -> int:
+    """Raises InvalidModel, as those below: the attribute is of another kind."""
     value = node.attributes.get(name, default)
-    assert isinstance(value, int)
+    if not isinstance(value, int):
+        raise _wrong(node, name, "a whole number")
     return value
 
 
 def real(node: Node, name: str, default: float) -> float:
     value = node.attributes.get(name, default)
-    assert isinstance(value, int | float)
+    if not isinstance(value, int | float):
+        raise _wrong(node, name, "a number")
     return float(value)
 
 
 def text(node: Node, name: str, default: str) -> str:
     value = node.attributes.get(name, default)
-    assert isinstance(value, str)
+    if not isinstance(value, str):
+        raise _wrong(node, name, "a text")
     return value
 
 
 def integers(node: Node, name: str, default: Sequence[int] = ()) -> tuple[int, ...]:
     value = node.attributes.get(name, tuple(default))
-    assert isinstance(value, tuple)
+    if not isinstance(value, tuple) or not all(isinstance(each, int) for each in value):
+        raise _wrong(node, name, "a list of whole numbers")
     return tuple(int(each) for each in value)
+
+
+def _wrong(node: Node, name: str, kind: str) -> InvalidModel:
+    return InvalidModel(f"the attribute {name} of {node} {node.name[:60]!r} is not {kind}")
 
 
 def given(inputs: Sequence[Any], number: int) -> Any:

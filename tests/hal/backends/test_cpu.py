@@ -190,3 +190,14 @@ def test_what_is_not_implemented_says_why(device: CpuContext) -> None:
         device.compile(half)
     with pytest.raises(NotSupported, match="no device"):
         BACKEND().open("gpu7")
+
+
+@pytest.mark.parametrize("wrong", ["text", 1.5, (1, 2), ("a",)])
+def test_attributes_of_another_kind_are_a_named_error(device: CpuContext, wrong: Any) -> None:
+    x = np.ones((1, 1, 4, 4), np.float32)
+    graph = _one("Softmax", 13, TensorSpec(DType.F32, x.shape), x, axis=wrong)
+    with pytest.raises(InvalidModel, match="attribute axis of Softmax-13"):
+        _run(device, graph, x)
+    # Already by what looks at it before it is compiled.
+    with pytest.raises(InvalidModel, match="attribute ceil_mode"):
+        device.compile(_one("MaxPool", 12, TensorSpec(DType.F32, x.shape), x, kernel_shape=(1, 1), ceil_mode=wrong))
