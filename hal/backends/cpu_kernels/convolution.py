@@ -9,6 +9,7 @@ import numpy as np
 from ai_assistant.errors import InvalidArgument
 from ai_assistant.hal.backends.cpu_kernels.common import (
     FLOATS,
+    bounded,
     given,
     integer,
     integers,
@@ -57,6 +58,7 @@ def _windows(node: Node, x: Array, kernel: tuple[int, ...], fill: float) -> tupl
         raise InvalidArgument(f"{node} has a stride, dilation or kernel below 1")
     spans = tuple(dilation * (size - 1) + 1 for dilation, size in zip(dilations, kernel, strict=True))
     padding = _padding(node, x.shape[2:], spans, strides)
+    bounded([*x.shape[:2], *(size + sum(pair) for size, pair in zip(x.shape[2:], padding, strict=True))], x.dtype)
     padded = (
         np.pad(x, [(0, 0), (0, 0), *padding], constant_values=x.dtype.type(fill))
         if any(sum(pair) for pair in padding)

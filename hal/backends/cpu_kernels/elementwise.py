@@ -65,7 +65,10 @@ def _power(node: Node, inputs: list[Any]) -> tuple[Array, ...]:
     base, exponent = inputs
     wide = base.astype(np.float32) if base.dtype == np.float16 else base
     if base.dtype.kind == "i":
-        # Whole numbers may be raised to anything; only what is negative there has no whole result.
+        if exponent.dtype.kind in "iu" and not np.any(exponent < 0):
+            # Exact, and around the end as every other whole number here.
+            return (np.power(base, exponent.astype(np.int64)).astype(base.dtype),)
+        # By fractions and below 0 there is no exact whole result: it is cut off.
         return (np.power(base.astype(np.float64), exponent).astype(base.dtype),)
     return (np.power(wide, exponent.astype(wide.dtype)).astype(base.dtype),)
 

@@ -55,7 +55,9 @@ def _layer(node: Node, inputs: list[Any]) -> tuple[Array, ...]:
     found = centred * inverse * scale.astype(wide.dtype)
     if bias is not None:
         found = found + bias.astype(wide.dtype)
-    return (np.asarray(found.astype(x.dtype)), mean, inverse)[: len(node.outputs)]
+    # Mean and deviation are float32 whatever the input is (stash_type).
+    stash = (mean.astype(np.float32), inverse.astype(np.float32))
+    return (np.asarray(found.astype(x.dtype)), *stash)[: len(node.outputs)]
 
 
 def _batch(node: Node, inputs: list[Any]) -> tuple[Array, ...]:

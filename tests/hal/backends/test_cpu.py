@@ -133,6 +133,13 @@ _ONE = np.ones(1, np.float32)
         ("OneHot", 11, (np.array([1]), np.array(1 << 50), np.array([0, 1], np.float32)), {}, OutOfMemory),
         ("Conv", 11, (np.ones((1, 1, 2, 2), np.float32), np.ones((1, 1, 9, 9), np.float32)), {}, InvalidArgument),
         ("Conv", 11, (np.ones((1, 3, 2, 2), np.float32), np.ones((1, 1, 1, 1), np.float32)), {}, InvalidArgument),
+        (
+            "MaxPool",
+            12,
+            (np.ones((1, 1, 4, 4), np.float32),),
+            {"kernel_shape": (1, 1), "pads": (1 << 50, 0, 0, 0)},
+            OutOfMemory,
+        ),
         ("Concat", 13, (_ONE,), {"axis": 4}, InvalidArgument),
     ],
 )
@@ -201,3 +208,21 @@ def test_attributes_of_another_kind_are_a_named_error(device: CpuContext, wrong:
     # Already by what looks at it before it is compiled.
     with pytest.raises(InvalidModel, match="attribute ceil_mode"):
         device.compile(_one("MaxPool", 12, TensorSpec(DType.F32, x.shape), x, kernel_shape=(1, 1), ceil_mode=wrong))
+
+
+def test_whole_numbers_are_raised_exactly_and_around_the_end(device: CpuContext) -> None:
+    base, power = np.array([3, -3, 3, 2], np.int64), np.array([39, 39, 41, 64], np.int64)
+    (found,) = _run(device, _one("Pow", 15, TensorSpec(DType.I64, (4,)), base, power), base, power)
+    wanted = [(number**by + 2**63) % 2**64 - 2**63 for number, by in zip([3, -3, 3, 2], [39, 39, 41, 64], strict=True)]
+    assert found.tolist() == wanted
+
+
+def test_what_a_layer_normalization_says_of_mean_and_deviation_is_float32(device: CpuContext) -> None:
+    x, ones = np.arange(8, dtype=np.float64).reshape(2, 4), np.ones(4)
+    small = TensorSpec(DType.F32, (2, 1))
+    specs = (TensorSpec(DType.F64, (2, 4)), TensorSpec(DType.F64, (4,)), TensorSpec(DType.F64, (2, 4)), small, small)
+    node = Node("LayerNormalization", 17, (0, 1), (2, 3, 4))
+    graph = Graph(tuple(Value(f"v{n}", spec) for n, spec in enumerate(specs)), (node,), (0, 1), (2, 3, 4))
+    _, mean, inverse = _run(device, graph, x, ones)
+    np.testing.assert_allclose(mean.ravel(), [1.5, 5.5])
+    np.testing.assert_allclose(inverse.ravel(), 1 / np.sqrt(1.25 + 1e-5), rtol=1e-6)
