@@ -20,6 +20,8 @@ from ai_assistant.daemon.contract import Service
 
 _log = logging.getLogger(__name__)
 
+ANSWERS = "the API answers on its socket"
+"""In the journal once it does; bench/boot.py looks for it."""
 _ABORT_S = 2.0
 
 
@@ -74,6 +76,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
+        _log.info(ANSWERS)
         if self._network is None or self._network.context is None:
             return
         context = self._network.context
