@@ -8,6 +8,7 @@ import os
 import pty
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,8 @@ def on_a_terminal(answer: str, *arguments: str | Path) -> tuple[int, str]:
     """Exit status, and what was seen, when a person types an answer."""
     process, terminal = pty.fork()
     if process == 0:
+        # Who runs the tests in the background ignores Ctrl-C, and children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execv(CHECKOUT / "image/flash", ["flash", *map(str, arguments)])
     seen = b""
     try:
