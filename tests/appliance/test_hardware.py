@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import time
 
+import pytest
+
 from image.container import Container
+
+pytestmark = pytest.mark.appliance
 
 
 def test_the_processor_is_found_and_said_to_everybody(appliance: Container) -> None:
