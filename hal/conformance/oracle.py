@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
+from ai_assistant.hal.conformance import reference
 from ai_assistant.hal.conformance.case import CaseFailed
 from ai_assistant.hal.conformance.families.row import Sample
 from ai_assistant.hal.graph import NO_VALUE, Array, DType, Graph, Node, TensorSpec, Value
@@ -48,7 +48,7 @@ def evaluate(op: str, sample: Sample, opset: int) -> list[Array]:
     graph = helper.make_graph([node], "one", inputs, outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
     with np.errstate(all="ignore"):
-        found: list[Any] = ReferenceEvaluator(model).run(None, given)
+        found: list[Any] = reference.load()(model).run(None, given)
     return [np.asarray(each) for each in found]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -30,11 +31,22 @@ async def settled(world: World, limit: int) -> int:
     return world.descriptors()
 
 
+async def looked(client: Client) -> None:
+    """Until the daemon has looked for devices: it keeps a descriptor to be told of changes."""
+    for _ in range(200):
+        reply = await client.raw(ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects")
+        if any("/devices/" in path for path in reply.body[0]):
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("no device appeared")
+
+
 @pytest_asyncio.fixture(autouse=True)
 async def unharmed(world: World) -> AsyncIterator[None]:
     """After each test: alive, no descriptors left open, memory bounded, a second request works."""
     async with connected(world.address) as client:
         await client.call("Manager", "ListModels")
+        await looked(client)
     fds, memory = world.descriptors(), world.memory()
     yield
     async with connected(world.address) as client:
@@ -246,7 +258,13 @@ async def test_unanswered_calls_are_limited(world: World, tiny_model: Path) -> N
                 other.call("Manager", "OpenModel", "ha{sv}", 0, {"name": Variant("s", "UPPER")}, fds=(file.fileno(),))
                 for _ in range(120)  # the bus itself ends it at 128
             ]
-            results = await asyncio.gather(*calls, return_exceptions=True)
+            assert world.daemon is not None
+            # All of them wait when it looks, however fast it is.
+            world.daemon.send_signal(signal.SIGSTOP)
+            waiting = asyncio.gather(*calls, return_exceptions=True)
+            await asyncio.sleep(0.5)
+            world.daemon.send_signal(signal.SIGCONT)
+            results = await waiting
     names = {each.name for each in results if isinstance(each, Refused)}
     assert "org.ai_assistant1.Error.Busy" in names
     assert all(isinstance(each, Refused) for each in results)

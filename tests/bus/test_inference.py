@@ -108,6 +108,7 @@ async def test_one_load_for_many(serving: World, client: Client) -> None:
     path = await client.call("Manager", "FindModel", "s", MODEL)
     await client.call("Model", "Unload", path=path)
     await until(lambda: not serving.worker_pids())
+    await asyncio.sleep(0.6)  # changes within a quarter of a second are one signal: unloaded and loaded again were none
     await client.listen()
     calls = [client.call("Inference", "Generate", "ssa{sv}", MODEL, "abc", SHORT) for _ in range(4)]
     answers = await asyncio.gather(*calls)

@@ -198,7 +198,7 @@ def test_a_bus_without_the_daemon_is_4(cli: Cli, private_bus: Broker) -> None:
 def test_doctor(cli: Cli, daemon: Scripted) -> None:
     result = cli("doctor", "--json")
     found = {each["name"]: each for each in result.json}
-    names = "bus api polkit groups disk storage memory units configuration engine"
+    names = "bus api polkit groups disk storage memory devices units configuration engine"
     assert list(found) == names.split()
     assert found["bus"]["state"] == "ok"
     assert found["api"]["state"] == "failed"

@@ -23,7 +23,8 @@ def _spec(array: Array) -> TensorSpec:
 def _reference(op: str, opset: int, inputs: list[Array | None], attributes: dict[str, Any]) -> Array:
     import onnx
     from onnx import helper
-    from onnx.reference import ReferenceEvaluator
+
+    from ai_assistant.hal.conformance import reference
 
     names = ["" if each is None else f"x{number}" for number, each in enumerate(inputs)]
     node = helper.make_node(op, names, ["y"], **attributes)
@@ -35,7 +36,7 @@ def _reference(op: str, opset: int, inputs: list[Array | None], attributes: dict
     graph = helper.make_graph([node], "one", ends, [onnx.ValueInfoProto(name="y")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     feeds = {name: each for name, each in zip(names, inputs, strict=True) if each is not None}
-    made: Array = np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
+    made: Array = np.asarray(reference.load()(model).run(None, feeds)[0])
     return made
 
 
