@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from onnx.reference import ReferenceEvaluator
 
-from ai_assistant.hal.conformance import networks, oracle
+from ai_assistant.hal.conformance import networks, oracle, reference
 from ai_assistant.hal.conformance.case import Case, CaseFailed, Cases, Note, expect
 from ai_assistant.hal.conformance.fallback import Mixed
 from ai_assistant.hal.conformance.memory_cases import GROWTH_BYTES, resident_bytes
@@ -42,7 +41,7 @@ def _ready(subject: Subject, network: Network) -> Iterator[tuple[Mixed, Queue]]:
 
 def right(network: Network) -> list[Array]:
     names = [value.name for value in network.model.graph.input]
-    found: Any = ReferenceEvaluator(network.model).run(None, dict(zip(names, network.inputs, strict=True)))
+    found: Any = reference.load()(network.model).run(None, dict(zip(names, network.inputs, strict=True)))
     return [np.asarray(each) for each in found]
 
 
