@@ -16,15 +16,40 @@ from ai_assistant.hal.native.library import Library
 
 
 class Opened:
-    """A context of the library. Closed when nothing that was made of it is left, views included."""
+    """A context of the library. Closed when nothing that was made of it is left, views included.
+
+    That everything made of it refers to it is not enough: of garbage that refers to itself in a circle, Python ends
+    one after the other in no order, and a context must go last. So what was made of it is also counted.
+    """
 
     def __init__(self, library: Library, handle: int) -> None:
         self.library = library
         self.handle = handle
-        self._close = library.function("close")
+        # Changed by single steps of the interpreter, without a lock: garbage is collected in the midst of anything.
+        self._made: set[int] = set()
+        self._left = False
+        self._closing = [library.function("close")]
+
+    def hold(self, made: object) -> None:
+        """It came of this context: `release` is called when it has been given back."""
+        self._made.add(id(made))
+
+    def release(self, made: object) -> None:
+        self._made.discard(id(made))
+        self._end()
+
+    def _end(self) -> None:
+        if not self._left or self._made:
+            return
+        try:
+            close = self._closing.pop()
+        except IndexError:
+            return
+        close(self.handle)
 
     def __del__(self) -> None:
-        self._close(self.handle)
+        self._left = True
+        self._end()
 
 
 class Memory:
@@ -38,9 +63,11 @@ class Memory:
         self.lent = lent
         self.address = 0
         self._free = opened.library.function("free")
+        opened.hold(self)
 
     def __del__(self) -> None:
         self._free(self.opened.handle, self.handle)
+        self.opened.release(self)
 
 
 class NativeBuffer(Buffer):

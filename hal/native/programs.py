@@ -54,9 +54,11 @@ class Compiled:
         self.opened = opened
         self.handle = handle
         self._free = opened.library.function("program_free")
+        opened.hold(self)
 
     def __del__(self) -> None:
         self._free(self.handle)
+        self.opened.release(self)
 
 
 class NativeProgram(Program):

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from ctypes import addressof
-from typing import Any
+from typing import Any, ClassVar
 
 from ai_assistant.errors import AIAssistantError, BackendFailed, InvalidArgument, Timeout
 from ai_assistant.hal.contract import Event, Program, Queue, Tensor
@@ -37,6 +37,7 @@ class Ended:
         self.over = False
         self._query = library.function("event_query")
         self._destroy = library.function("event_destroy")
+        opened.hold(self)
 
     @property
     def done(self) -> bool:
@@ -46,10 +47,15 @@ class Ended:
 
     def __del__(self) -> None:
         self._destroy(self.handle)
+        self.opened.release(self)
 
 
 class Running:
     """A queue of the library, and what its work uses until it has ended."""
+
+    in_use: ClassVar[dict[int, deque[tuple[Ended, tuple[Memory, ...]]]]] = {}
+    """What the work of each queue uses, by the queue's id. Held from here, since garbage that refers to itself in a
+    circle ends in no order, and memory must not go before the queue whose work writes to it."""
 
     def __init__(self, opened: Opened, handle: int) -> None:
         self.opened = opened
@@ -64,6 +70,8 @@ class Running:
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._numbers = itertools.count(1)
         self._pending: deque[tuple[Ended, tuple[Memory, ...]]] = deque()
+        self.in_use[id(self)] = self._pending
+        opened.hold(self)
         self._pruning = threading.Lock()
         self.trampoline = _trampoline(self._callbacks, self.failures, self._calling)
         self._gone = False
@@ -115,22 +123,20 @@ class Running:
         if self._gone:
             return
         self._gone = True
-        destroy = self.opened.library.function("queue_destroy")
         if self.calls_here():
-            kept = (self.opened, self.trampoline, self._pending, self._callbacks)
-            threading.Thread(target=_destroy, args=(destroy, self.handle, kept), daemon=True).start()
-            return
-        destroy(self.handle)
+            threading.Thread(target=self._destroy, daemon=True).start()
+        else:
+            self._destroy()
+
+    def _destroy(self) -> None:
+        self.opened.library.function("queue_destroy")(self.handle)
+        self.in_use.pop(id(self), None)
         self._pending.clear()
         self._callbacks.clear()
+        self.opened.release(self)
 
     def __del__(self) -> None:
         self.destroy()
-
-
-def _destroy(destroy: Callable[[int], None], handle: int, kept: object) -> None:
-    destroy(handle)
-    del kept
 
 
 def _trampoline(callbacks: dict[int, Callable[[], None]], failures: list[AIAssistantError], calling: list[int]) -> Any:
