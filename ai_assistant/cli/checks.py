@@ -19,7 +19,7 @@ from ai_assistant.cli.output import size
 from ai_assistant.cli.status import protection
 from ai_assistant.cli.storage import SHOW_KEY
 from ai_assistant.client import Client
-from ai_assistant.errors import AIAssistantError
+from ai_assistant.errors import AIAssistantError, ServiceUnavailable
 
 USERS, ADMINS = "ai-assistant", "ai-assistant-admin"
 ACTIONS = frozenset(
@@ -72,7 +72,11 @@ def api() -> Result:
 
 
 def polkit() -> Result:
-    found = asyncio.run(_polkit_actions())
+    try:
+        found = asyncio.run(_polkit_actions())
+    except ServiceUnavailable:
+        hint = "without it only root may change anything: systemctl start polkit"
+        return Result("polkit", "failed", "polkit does not answer on the bus", hint)
     missing = sorted(ACTIONS - found)
     if missing:
         hint = "without them only root may change anything: is the package's .policy file in place?"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from dbus_fast import Variant
 from tests.bus import world as worlds
 from tests.bus.client import ROOT, Client
 from tests.bus.world import World
+
+POLKIT = "org.freedesktop.PolicyKit1"
 
 
 def import_null(world: World, user: str) -> str:
@@ -78,6 +83,43 @@ def test_without_polkit_only_root_may(tiny_model: Path) -> None:
                 answer = world.call("Generate", "ssa{sv}", "nope", "x", "0", user=user, interface="Inference")
                 assert ("not allowed" not in answer) == yes, answer
             assert "Health" in world.busctl("introspect", "org.ai_assistant1", ROOT, user="outsider").stdout
+        except AssertionError:
+            print(world.log)
+            raise
+        finally:
+            world.stop()
+
+
+def _polkit_pid(world: World) -> int:
+    answer = world.busctl(
+        "call", "org.freedesktop.DBus", "/", "org.freedesktop.DBus", "GetConnectionUnixProcessID", "s", POLKIT
+    )
+    return int(answer.stdout.split()[-1])
+
+
+def test_polkit_that_dies_of_a_question_is_asked_again(tiny_model: Path) -> None:
+    if worlds.missing():
+        pytest.fail(worlds.missing())
+    with worlds.temporary_directory() as directory:
+        world = World(directory)
+        world.prepare()
+        try:
+            world.start_bus()
+            world.start_polkit()
+            world.start_daemon()
+            pid = _polkit_pid(world)
+            os.kill(pid, signal.SIGSTOP)
+            with ThreadPoolExecutor(2) as pool:
+                asked = [
+                    pool.submit(world.call, "Generate", "ssa{sv}", "nope", "x", "0", user=user, interface="Inference")
+                    for user in ("member", "outsider")
+                ]
+                time.sleep(1.5)
+                os.kill(pid, signal.SIGKILL)
+                member, outsider = (each.result(30) for each in asked)
+            assert "not allowed" not in member, member
+            assert "not allowed" in outsider, outsider
+            assert _polkit_pid(world) != pid
         except AssertionError:
             print(world.log)
             raise

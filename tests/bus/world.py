@@ -201,7 +201,9 @@ class World:
         wait_for(lambda: (self.directory / "bus").exists(), "the bus")
 
     def start_polkit(self) -> None:
-        self.spawn("polkitd", ["/usr/lib/polkit-1/polkitd", "--no-debug"])
+        """It is started again when it has died, as the system's bus does."""
+        again = "while :; do /usr/lib/polkit-1/polkitd --no-debug & child=$!; wait $child; echo polkitd: $?; done"
+        self.spawn("polkitd", ["sh", "-c", f"trap 'kill $child; wait $child; exit' TERM; {again}"])
         wait_for(lambda: self.owned("org.freedesktop.PolicyKit1"), "polkitd")
 
     def start_workers(self, engine: str) -> None:
