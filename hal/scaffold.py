@@ -69,7 +69,7 @@ def scaffold(name: str, parent: Path, language: Language = Language.PYTHON) -> S
 
 
 def include_folder() -> Path:
-    """Where `ai_hal.h` is."""
+    """Where `ai_hal.h` is, and the kit: `ai_hal_util.h`, `ai_hal_onnx.h`, `ai_hal_host.h`."""
     return Path(str(resources.files("ai_assistant.hal") / "include"))
 
 
@@ -117,8 +117,6 @@ def _c(name: str) -> dict[str, str]:
     text = text.replace("An example vendor backend in C", f"The {name} backend", 1)
     return {
         f"{module}.c": text,
-        "operators.c": _example("vendor-c", "operators.c"),
-        "operators.h": _example("vendor-c", "operators.h"),
         "Makefile": _MAKEFILE.format(module=module),
         "README.md": _README.format(
             name=name,
@@ -157,8 +155,8 @@ _MAKEFILE = """\
 INCLUDE ?= $(shell ai-assistant hal include)
 CFLAGS += -std=gnu11 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -I$(INCLUDE)
 
-{module}.so: {module}.c operators.c operators.h
-	$(CC) $(CFLAGS) $(LDFLAGS) -shared -o $@ {module}.c operators.c -lm -lpthread
+{module}.so: {module}.c
+	$(CC) $(CFLAGS) $(LDFLAGS) -shared -o $@ {module}.c -lm -lpthread
 
 clean:
 	rm -f {module}.so
@@ -173,12 +171,15 @@ _PYTHON_STEPS = """\
 4. **Backend.** `probe` looks for your device, and says what is missing and what helps when it is not there."""
 
 _C_STEPS = """\
-1. **Devices** (`probe`, `open_device`). Look for your device. When its driver or firmware is missing return
+1. **Device** (`probe`, `open_device`). Look for your device. When its driver or firmware is missing return
    AI_HAL_UNAVAILABLE with a hint that names the package: that is no failure.
-2. **Memory** (`allocate` to `statistics`). The host's, to begin with. Count bytes exactly.
-3. **Operators** (`operators.c`). Which nodes can be run, why others cannot, and the kernels. Keep the reasons.
+2. **Memory** (`ai_hal_host_…` in the table). The host's, to begin with. Count bytes exactly.
+3. **Operators** (`read_node`, `KERNELS`). Which nodes can be run, why others cannot, and the kernels. Keep the reasons.
 4. **Programs** (`compile`, `run`). A graph is plain structures, see `ai_hal.h`. Hand it to your compiler here.
-5. **Queues** (`queue_*`, `event_*`). A thread each, to begin with; replace them by your driver's."""
+5. **Queues** (`serve`, `queue_submit`). A thread each, to begin with; replace them by your driver's.
+
+`ai-assistant hal include` says where `ai_hal.h` is, the contract, and the kit beside it: errors, checks and shapes
+(`ai_hal_util.h`), ONNX's rules (`ai_hal_onnx.h`), memory and queues of the host (`ai_hal_host.h`)."""
 
 _README = """\
 # {name}

@@ -10,7 +10,6 @@ ROOT = Path(__file__).parents[3]
 INCLUDE = ROOT / "hal/include"
 EXAMPLE = ROOT / "hal/examples/vendor-c"
 STRICT = ("-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{INCLUDE}")
-SOURCES = ("example.c", "operators.c")
 
 
 def gcc(*arguments: str | Path, compiler: str = "gcc") -> None:
@@ -27,10 +26,9 @@ def library(folder: Path, name: str, sources: Sequence[Path], *options: str) -> 
 
 
 def example(folder: Path, *options: str) -> Path:
-    return library(folder, "example", [EXAMPLE / each for each in SOURCES], "-O3", *options)
+    return library(folder, "example", [EXAMPLE / "example.c"], "-O3", *options)
 
 
 def faulty(folder: Path) -> Path:
     """The example with a fault that the environment's HAL_FAULT names when it is loaded: see faults.c."""
-    sources = [Path(__file__).with_name("faults.c"), EXAMPLE / "operators.c"]
-    return library(folder, "faulty", sources, "-O1", f"-I{EXAMPLE}")
+    return library(folder, "faulty", [Path(__file__).with_name("faults.c")], "-O1", f"-I{EXAMPLE}")

@@ -10,7 +10,7 @@ static int is(const char *name) { return !strcmp(fault, name); }
 
 static char long_text[1 << 20];
 static ai_hal_error odd_error = {sizeof odd_error, AI_HAL_FAILED, NULL, NULL};
-static void never_free(ai_hal_error *error) { if (error != &odd_error) error_free(error); }
+static void never_free(ai_hal_error *error) { if (error != &odd_error) ai_hal_error_release(error); }
 
 static ai_hal_status bad_probe(const ai_hal_host *host, const ai_hal_devices **devices, ai_hal_error **error) {
     static ai_hal_devices list;
@@ -26,7 +26,7 @@ static ai_hal_status bad_probe(const ai_hal_host *host, const ai_hal_devices **d
     else if (is("small_device")) list.devices = smalls, *devices = &list;
     else if (is("nameless_device")) list.devices = less, *devices = &list;
     else if (is("zero_devices")) list.count = 0, list.devices = NULL, *devices = &list;
-    else if (is("unavailable")) return fail(error, AI_HAL_UNAVAILABLE, "install firmware-acme", "the firmware is missing");
+    else if (is("unavailable")) return ai_hal_fail(error, AI_HAL_UNAVAILABLE, "install firmware-acme", "the firmware is missing");
     return status;
 }
 static ai_hal_status bad_open(const ai_hal_open_args *args, ai_hal_context **context, ai_hal_error **error) {
@@ -34,7 +34,7 @@ static ai_hal_status bad_open(const ai_hal_open_args *args, ai_hal_context **con
     if (is("unknown_status")) return 12345;
     if (is("negative_status")) return -1;
     if (is("no_context")) return AI_HAL_OK;
-    if (is("lost")) return fail(error, AI_HAL_DEVICE_LOST, "plug it in again", "the device went away");
+    if (is("lost")) return ai_hal_fail(error, AI_HAL_DEVICE_LOST, "plug it in again", "the device went away");
     if (is("odd_error")) return *error = &odd_error, AI_HAL_FAILED;
     if (is("small_error")) return odd_error.size = 4, *error = &odd_error, AI_HAL_FAILED;
     if (is("wild_error")) return *error = (ai_hal_error *)(uintptr_t)3, AI_HAL_FAILED;
@@ -62,7 +62,7 @@ static ai_hal_status bad_capabilities(ai_hal_context *context, ai_hal_capabiliti
     return status;
 }
 static ai_hal_status bad_statistics(ai_hal_context *context, ai_hal_statistics *found, ai_hal_error **error) {
-    ai_hal_status status = statistics(context, found, error);
+    ai_hal_status status = ai_hal_host_statistics(context, found, error);
     if (is("negative_statistics")) found->in_use_bytes = (uint64_t)-5;
     return status;
 }
@@ -100,12 +100,12 @@ static ai_hal_status twice(void *user) {
     return twice_function(user);
 }
 static ai_hal_status bad_callback(ai_hal_queue *queue, ai_hal_callback function, void *user, ai_hal_event **event, ai_hal_error **error) {
-    if (!is("calls_twice")) return queue_callback(queue, function, user, event, error);
+    if (!is("calls_twice")) return ai_hal_host_callback(queue, function, user, event, error);
     twice_function = function;
-    return queue_callback(queue, twice, user, event, error);
+    return ai_hal_host_callback(queue, twice, user, event, error);
 }
 static ai_hal_status bad_map(ai_hal_context *context, ai_hal_buffer *buffer, void **address, ai_hal_error **error) {
-    return is("null_map") ? AI_HAL_OK : map(context, buffer, address, error);
+    return is("null_map") ? AI_HAL_OK : ai_hal_host_map(context, buffer, address, error);
 }
 static ai_hal_status output_dims(ai_hal_program *program, const ai_hal_spec *inputs, uint32_t count, uint32_t output,
                                  int64_t *dims, ai_hal_error **error) {
@@ -122,7 +122,7 @@ static ai_hal_status serialize(ai_hal_program *program, void *data, uint64_t *nb
 }
 static ai_hal_status load(ai_hal_context *context, const void *data, uint64_t nbytes, ai_hal_program **program, ai_hal_error **error) {
     (void)context;
-    if (nbytes != sizeof *program) return fail(error, AI_HAL_INVALID_MODEL, NULL, "not of that size");
+    if (nbytes != sizeof *program) return ai_hal_fail(error, AI_HAL_INVALID_MODEL, NULL, "not of that size");
     memcpy(program, data, sizeof *program);
     atomic_fetch_add(&(*program)->references, 1);
     return AI_HAL_OK;

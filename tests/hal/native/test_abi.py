@@ -89,19 +89,52 @@ def test_every_structure_and_number_of_the_header_is_known_to_the_adapter(tmp_pa
     assert made.splitlines() == [f"{name} {number}" for name, number in numbers.items()]
 
 
-HOST = Path(__file__).with_name("host.c")
-
-
 @pytest.mark.parametrize(
-    "options", [("-O2",), ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")]
+    ("header", "compiler", "language"),
+    [
+        ("ai_hal_util.h", "gcc", "-std=c11"),
+        ("ai_hal_util.h", "g++", "-std=c++17"),
+        ("ai_hal_onnx.h", "gcc", "-std=c11"),
+        ("ai_hal_onnx.h", "g++", "-std=c++17"),
+        ("ai_hal_host.h", "gcc", "-std=c11"),
+    ],
 )
-def test_the_example_against_a_host_in_c(tmp_path: Path, options: tuple[str, ...]) -> None:
-    program = tmp_path / "host"
-    sources = [HOST, *(build.EXAMPLE / each for each in build.SOURCES)]
+def test_the_kit_compiles_without_a_warning(tmp_path: Path, header: str, compiler: str, language: str) -> None:
+    source = tmp_path / ("user.c" if compiler == "gcc" else "user.cpp")
+    source.write_text(f'#include "{header}"\n#include "{header}"\nint user(void);\nint user(void) {{ return 0; }}\n')
+    options = ("-D_GNU_SOURCE", "-Wconversion", "-c", "-o", tmp_path / "user.o", source)
+    build.gcc(language, "-U_GNU_SOURCE", *build.STRICT, *options, compiler=compiler)
+
+
+SANITIZED = [
+    ("-O2",),
+    ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    ("-O1", "-g", "-fsanitize=thread"),
+]
+
+
+def _works(folder: Path, sources: list[Path], options: tuple[str, ...]) -> None:
+    program = folder / "program"
     build.gcc("-std=gnu11", *build.STRICT, *options, "-o", program, *sources, "-lm", "-lpthread")
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "all is well"
+
+
+@pytest.mark.parametrize("options", SANITIZED)
+def test_the_example_against_a_host_in_c(tmp_path: Path, options: tuple[str, ...]) -> None:
+    _works(tmp_path, [Path(__file__).with_name("host.c"), build.EXAMPLE / "example.c"], options)
+
+
+@pytest.mark.parametrize("options", SANITIZED)
+def test_the_kit_by_itself(tmp_path: Path, options: tuple[str, ...]) -> None:
+    _works(tmp_path, [Path(__file__).with_name("kit.c")], options)
+
+
+def test_the_example_is_short_enough_to_be_read() -> None:
+    lines = [line for path in build.EXAMPLE.glob("*.[ch]") for line in path.read_text().splitlines()]
+    assert len(lines) <= 400
+    assert max(map(len, lines)) <= 110
 
 
 def test_the_example_builds_as_its_guide_says(tmp_path: Path) -> None:
