@@ -1,5 +1,5 @@
 /* An example backend in C: a device that computes on the host, with a thread for each queue. Put calls to
- * your driver in place of memory, operators and queues. README.md beside this file goes through it in steps. */
+ * your driver in place of memory, operators and queues. README.md beside this file goes through it. */
 #define _GNU_SOURCE
 #include <math.h>
 
