@@ -1,4 +1,4 @@
-"""ggml: the processor by the language model engine's kernels, and GPUs whose plug-in (Vulkan, CUDA …) lies beside them.
+"""ggml: the processor by the language model engine's kernels, and GPUs by Vulkan, or whatever plug-in lies beside them.
 
 A program's constants are on the device from `compile` on; inputs and outputs are copied to it and back at each run, as
 ggml plans the memory in between by itself. Fixed sizes only. What it runs is declared in `hal/ggml/build.py`.
@@ -6,15 +6,18 @@ ggml plans the memory in between by itself. Fixed sizes only. What it runs is de
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ai_assistant.errors import BackendFailed, InvalidArgument, NotSupported, OutOfMemory
 from ai_assistant.hal.contract import Backend, BackendDevice, Capabilities, Context, Probe, Tensor
-from ai_assistant.hal.ggml import library
+from ai_assistant.hal.device import DeviceKind, object_name
+from ai_assistant.hal.ggml import library, vulkan
 from ai_assistant.hal.ggml.build import FLOATS, OPERATORS, Build, T, build_node
 from ai_assistant.hal.graph import Array, Graph, Node, TensorSpec
 from ai_assistant.hal.host import HostAllocator, HostProgram, HostQueue
@@ -130,7 +133,8 @@ class GgmlContext(Context):
         self.device = device
         self.lock = threading.RLock()
         self._at = at
-        self.backend: int = lib.backend_dev_init(at, None) or 0
+        with vulkan.exact():
+            self.backend: int = lib.backend_dev_init(at, None) or 0
         if not self.backend:
             raise BackendFailed(f"ggml cannot open {device.name}")
         if threads:
@@ -241,9 +245,21 @@ def _devices(lib: library.Library) -> list[tuple[int, BackendDevice]]:
     found = []
     for at in lib.devices():
         kind = _KINDS.get(lib.backend_dev_type(at))
-        if kind:
+        if kind == "cpu":
             found.append((at, BackendDevice(lib.name(at), f"ggml, {lib.description(at)}", kind)))
+        elif kind:
+            found.append((at, _accelerator(lib, at, kind)))
     return found
+
+
+def _accelerator(lib: library.Library, at: int, kind: str, root: Path = Path("/")) -> BackendDevice:
+    name, address = f"ggml with {lib.runtime(at)}, {lib.description(at)}", lib.address(at)
+    if not re.fullmatch(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f]", address):
+        return BackendDevice(lib.name(at), name, kind)
+    driver = root / "sys/bus/pci/devices" / address / "driver"
+    if driver.exists():
+        name += f", driver {driver.resolve().name}"
+    return BackendDevice(lib.name(at), name, kind, object_name(DeviceKind.GPU, "pci", address))
 
 
 BACKEND = GgmlBackend

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ai_assistant.errors import NotSupported
+from ai_assistant.hal.ggml import vulkan
 
 SPIN_COUNT = "3000"
 """OpenMP's, as the engine sets it: threads that spin for long starve whoever else wants the processor."""
@@ -27,10 +28,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_dev_name": (c_char_p, c_void_p),
     "ggml_backend_dev_description": (c_char_p, c_void_p),
     "ggml_backend_dev_type": (c_int, c_void_p),
+    "ggml_backend_dev_get_props": (None, c_void_p, c_void_p),
     "ggml_backend_dev_memory": (None, c_void_p, c_void_p, c_void_p),
     "ggml_backend_dev_init": (c_void_p, c_void_p, c_char_p),
     "ggml_backend_dev_supports_op": (c_bool, c_void_p, c_void_p),
     "ggml_backend_dev_backend_reg": (c_void_p, c_void_p),
+    "ggml_backend_reg_name": (c_char_p, c_void_p),
     "ggml_backend_reg_get_proc_address": (c_void_p, c_void_p, c_char_p),
     "ggml_backend_free": (None, c_void_p),
     "ggml_backend_get_default_buffer_type": (c_void_p, c_void_p),
@@ -71,6 +74,15 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
+class _Properties(ctypes.Structure):
+    _fields_ = [
+        *(("name", c_char_p), ("description", c_char_p), ("memory_free", c_size_t), ("memory_total", c_size_t)),
+        *(("type", c_int), ("device_id", c_char_p)),
+        # Capabilities: five of them; a later version may have more.
+        ("capabilities", c_bool * 64),
+    ]
+
+
 class Library:
     """The functions above by their names without `ggml_`, and the devices that ggml knows."""
 
@@ -92,7 +104,8 @@ class Library:
             # The engine has a listener of its own; without it, the library would write to the standard error.
             self._listener = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda level, text, data: None)
             base.ggml_log_set(self._listener, None)
-        self.backend_load_all_from_path(os.fsencode(folder))
+        with vulkan.drivers():
+            self.backend_load_all_from_path(os.fsencode(folder))
 
     def __getattr__(self, name: str) -> Any:  # for the type checker: the functions are set by their names
         raise AttributeError(name)
@@ -117,6 +130,17 @@ class Library:
     def description(self, device: int) -> str:
         found: bytes = self.backend_dev_description(device)
         return found.decode(errors="replace").strip()
+
+    def runtime(self, device: int) -> str:
+        """By what ggml reaches the device: CPU, Vulkan, CUDA …"""
+        found: bytes = self.backend_reg_name(self.backend_dev_backend_reg(device))
+        return found.decode(errors="replace")
+
+    def address(self, device: int) -> str:
+        """On the PCI bus, as in "0000:c1:00.0"; empty where there is none, or it is not known."""
+        found = _Properties()
+        self.backend_dev_get_props(device, ctypes.byref(found))
+        return (found.device_id or b"").decode(errors="replace").lower()
 
     def memory(self, device: int) -> int:
         """Bytes in all; 0 where that is not known."""
