@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ai_assistant.errors import InvalidModel, NotSupported
+from ai_assistant.hal.ggml import vulkan
 
 SPIN_COUNT = "3000"
 _LOG_WARN = 3
@@ -84,7 +85,8 @@ def _load_backends(module: Any) -> None:
         return
     load = handle.ggml_backend_load_all_from_path
     load.argtypes, load.restype = [ctypes.c_char_p], None
-    load(os.fsencode(folder))
+    with vulkan.drivers():
+        load(os.fsencode(folder))
 
 
 def last_messages() -> str:
