@@ -35,6 +35,20 @@ def test_the_products_backends_are_there(appliance: Container) -> None:
     assert found["openvino"]["unavailable"]
 
 
+def test_gpus_have_vulkans_drivers_and_the_processor_is_none_of_them(appliance: Container) -> None:
+    drivers = appliance.run("ls", "/usr/share/vulkan/icd.d").stdout.split()
+    assert any("radeon" in each for each in drivers)
+    assert any("intel" in each for each in drivers)
+    assert not any("lvp" in each for each in drivers)
+    appliance.run("sh", "-c", "test -e /usr/lib/x86_64-linux-gnu/libvulkan.so.1")
+    appliance.run("sh", "-c", "! ls /usr/lib/x86_64-linux-gnu/libvulkan_lvp.so")
+    # A container has no GPU: nothing of all this is loaded, and nothing is said.
+    done = appliance.run("ai-assistant", "hal", "list", "--json")
+    ggml = next(each for each in json.loads(done.stdout) if each["backend"] == "ggml")
+    assert [each["kind"] for each in ggml["devices"]] == ["cpu"]
+    assert "vulkan" not in done.stderr.lower()
+
+
 def test_a_backend_is_begun_and_certified_in_the_image(appliance: Container) -> None:
     begin = "cd /tmp && rm -rf acme-npu acme-chip && "
     python = "ai-assistant hal new acme-npu && ai-assistant hal certify acme-npu/acme_npu.py --level bronze --json"
