@@ -3,7 +3,7 @@
  *
  * Prints medians in nanoseconds as JSON: `submit`, how long queue_submit() keeps its caller; `start`, from
  * queue_callback() to the function's first instruction; `pingpong`, two threads that wake each other by eventfds, there
- * and back.
+ * and back. Those with `rested` come after a millisecond in which nothing was to be done, when all threads sleep.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -18,6 +18,7 @@
 #include "ai_hal.h"
 
 #define WAIT_NS 10000000000ll
+#define REST_NS 1000000ll
 
 static const ai_hal_api *api;
 static int64_t stamp;
@@ -48,6 +49,13 @@ static long long median(int64_t *found, long count)
 {
     qsort(found, count, sizeof *found, ascending);
     return found[count / 2];
+}
+
+static void rest(int64_t ns)
+{
+    struct timespec time = {.tv_nsec = ns};
+    if (ns)
+        nanosleep(&time, NULL);
 }
 
 static ai_hal_status stamped(void *user)
@@ -127,25 +135,6 @@ int main(int argc, char **argv)
     ai_hal_submit_args args = {.size = sizeof args, .program = program, .inputs = &input, .outputs = &output,
                                .input_count = 1, .output_count = 1};
 
-    for (long number = 0; number < count; number++) {
-        int64_t begin = now();
-        ai_hal_status status = api->queue_submit(queue, &args, &event, &error);
-        found[number] = now() - begin;
-        check("submit", status, error);
-        check("wait", api->event_wait(event, WAIT_NS, &error), error);
-        api->event_destroy(event);
-    }
-    long long submit = median(found, count);
-
-    for (long number = 0; number < count; number++) {
-        int64_t begin = now();
-        check("callback", api->queue_callback(queue, stamped, NULL, &event, &error), error);
-        check("wait", api->event_wait(event, WAIT_NS, &error), error);
-        found[number] = stamp - begin;
-        api->event_destroy(event);
-    }
-    long long start = median(found, count);
-
     wake = eventfd(0, 0);
     back = eventfd(0, 0);
     pthread_t thread;
@@ -153,18 +142,45 @@ int main(int argc, char **argv)
         perror("submit");
         return 1;
     }
-    for (long number = 0; number < count; number++) {
-        eventfd_t value;
-        int64_t begin = now();
-        eventfd_write(wake, 1);
-        eventfd_read(back, &value);
-        found[number] = now() - begin;
+    long long submit[2], start[2], pingpong[2];
+    for (int rested = 0; rested < 2; rested++) {
+        long times = rested ? count / 20 + 1 : count;
+        int64_t rest_ns = rested ? REST_NS : 0;
+        for (long number = 0; number < times; number++) {
+            rest(rest_ns);
+            int64_t begin = now();
+            ai_hal_status status = api->queue_submit(queue, &args, &event, &error);
+            found[number] = now() - begin;
+            check("submit", status, error);
+            check("wait", api->event_wait(event, WAIT_NS, &error), error);
+            api->event_destroy(event);
+        }
+        submit[rested] = median(found, times);
+        for (long number = 0; number < times; number++) {
+            rest(rest_ns);
+            int64_t begin = now();
+            check("callback", api->queue_callback(queue, stamped, NULL, &event, &error), error);
+            check("wait", api->event_wait(event, WAIT_NS, &error), error);
+            found[number] = stamp - begin;
+            api->event_destroy(event);
+        }
+        start[rested] = median(found, times);
+        for (long number = 0; number < times; number++) {
+            eventfd_t value;
+            rest(rest_ns);
+            int64_t begin = now();
+            eventfd_write(wake, 1);
+            eventfd_read(back, &value);
+            found[number] = now() - begin;
+        }
+        pingpong[rested] = median(found, times);
     }
-    long long pingpong = median(found, count);
     eventfd_write(wake, 2);
     pthread_join(thread, NULL);
 
-    printf("{\"submit\": %lld, \"start\": %lld, \"pingpong\": %lld}\n", submit, start, pingpong);
+    printf("{\"submit\": %lld, \"start\": %lld, \"pingpong\": %lld,\n"
+           " \"submit-rested\": %lld, \"start-rested\": %lld, \"pingpong-rested\": %lld}\n",
+           submit[0], start[0], pingpong[0], submit[1], start[1], pingpong[1]);
     api->queue_destroy(queue);
     api->free(context, input.buffer);
     api->free(context, output.buffer);

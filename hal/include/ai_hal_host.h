@@ -19,6 +19,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <stdatomic.h>
 #include <time.h>
@@ -174,7 +175,7 @@ static inline ai_hal_status ai_hal_host_statistics(ai_hal_context *context, ai_h
 
 /* ---- Queues */
 
-#define AI_HAL_HOST_SPIN_NS 20000 /**< How long a thread looks for what it waits for before it sleeps. */
+#define AI_HAL_HOST_SPIN_NS 20000 /**< How long a thread looks for what it waits for before it sleeps, at most. */
 
 /** How work ended. */
 typedef struct ai_hal_outcome {
@@ -186,6 +187,7 @@ typedef struct ai_hal_outcome {
 struct ai_hal_event {
     atomic_uint references; /**< Of the host, its queue, and events that wait for it. */
     atomic_uint done;
+    atomic_int processor; /**< On which its queue was last seen. */
     sem_t ended;
     ai_hal_outcome outcome; /**< Once it is done. */
     ai_hal_event *next;     /**< In its queue. */
@@ -200,6 +202,8 @@ struct ai_hal_event {
 struct ai_hal_queue {
     const ai_hal_context *context;
     pthread_t thread;
+    atomic_int processor; /**< On which it was last submitted to. */
+    atomic_int server;    /**< On which its thread was last seen. */
     sem_t work;           /**< Counts what is in the list, and the end of the queue. */
     pthread_mutex_t lock; /**< Of the rest. */
     ai_hal_event *first, **last;
@@ -208,16 +212,17 @@ struct ai_hal_queue {
 
 /**
  * Take one from a semaphore within so many nanoseconds; 0 when there was none. Having the kernel wake a thread takes
- * longer than much of the work on a queue, so the thread looks for a moment before it sleeps.
+ * longer than much of the work on a queue, so the thread looks for a moment before it sleeps; but not when whom it waits
+ * for was last seen on its own `processor`, and cannot go on before it sleeps.
  */
-static inline int ai_hal_await(sem_t *semaphore, int64_t timeout_ns) {
+static inline int ai_hal_await(sem_t *semaphore, int64_t timeout_ns, int processor) {
     const int64_t second = 1000000000, spin_ns = timeout_ns < 0 ? AI_HAL_HOST_SPIN_NS : timeout_ns;
     struct timespec begin, now, end;
     int failed;
     if (!sem_trywait(semaphore)) return 1;
     clock_gettime(CLOCK_MONOTONIC, &begin);
     int64_t spent_ns = 0;
-    while (spent_ns < spin_ns && spent_ns < AI_HAL_HOST_SPIN_NS) {
+    while (spent_ns < spin_ns && spent_ns < AI_HAL_HOST_SPIN_NS && processor != sched_getcpu()) {
         if (!sem_trywait(semaphore)) return 1;
         clock_gettime(CLOCK_MONOTONIC, &now);
         spent_ns = (now.tv_sec - begin.tv_sec) * second + now.tv_nsec - begin.tv_nsec;
@@ -254,7 +259,7 @@ static inline int32_t ai_hal_host_event_query(ai_hal_event *event) { return (int
 static inline ai_hal_status ai_hal_host_event_wait(ai_hal_event *event, int64_t timeout_ns, ai_hal_error **error) {
     AI_HAL_NEED(event);
     if (!atomic_load(&event->done)) {
-        if (!ai_hal_await(&event->ended, timeout_ns))
+        if (!ai_hal_await(&event->ended, timeout_ns, atomic_load_explicit(&event->processor, memory_order_relaxed)))
             return ai_hal_fail(error, AI_HAL_TIMEOUT, NULL, "it has not ended in time");
         sem_post(&event->ended); /* For the others who wait. */
     }
@@ -277,6 +282,11 @@ static inline ai_hal_status ai_hal_queue_start(const ai_hal_context *context, vo
         free(made);
         return ai_hal_fail(error, AI_HAL_BUSY, NULL, "no thread can be started");
     }
+    /* A thread that is woken takes the processor from whoever submits, where there is no other one: not this thread. */
+    struct sched_param priority;
+    int policy;
+    if (!pthread_getschedparam(made->thread, &policy, &priority) && policy == SCHED_OTHER)
+        pthread_setschedparam(made->thread, SCHED_BATCH, &priority);
     *queue = made;
     return AI_HAL_OK;
 }
@@ -295,6 +305,9 @@ static inline ai_hal_status ai_hal_queue_push(ai_hal_queue *queue, ai_hal_event 
         atomic_fetch_add(&event->references, 1);
         *wanted = event;
     }
+    int server = atomic_load_explicit(&queue->server, memory_order_relaxed);
+    atomic_store_explicit(&event->processor, server, memory_order_relaxed);
+    atomic_store_explicit(&queue->processor, sched_getcpu(), memory_order_relaxed);
     pthread_mutex_lock(&queue->lock);
     *queue->last = event;
     queue->last = &event->next;
@@ -322,13 +335,16 @@ static inline void ai_hal_queue_end(ai_hal_queue *queue, ai_hal_event *event) {
 /** The next program to run; NULL: the queue was closed. Callbacks are called, and other events waited for, in here. */
 static inline ai_hal_event *ai_hal_queue_take(ai_hal_queue *queue) {
     for (;;) {
-        ai_hal_await(&queue->work, AI_HAL_FOREVER);
+        ai_hal_await(&queue->work, AI_HAL_FOREVER, atomic_load_explicit(&queue->processor, memory_order_relaxed));
+        int processor = sched_getcpu();
+        atomic_store_explicit(&queue->server, processor, memory_order_relaxed);
         pthread_mutex_lock(&queue->lock);
         ai_hal_event *event = queue->first;
         if (event) {
             queue->first = event->next;
             if (!queue->first) queue->last = &queue->first;
             event->outcome = queue->failure;
+            atomic_store_explicit(&event->processor, processor, memory_order_relaxed);
         }
         pthread_mutex_unlock(&queue->lock);
         if (!event) return NULL;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -195,3 +196,20 @@ def test_a_part_of_a_graph_knows_its_edges() -> None:
     assert [value.name for value in part.values if value.data is not None] == ["w"]
     whole, inputs, outputs = graph.part((0, 1, 2, 3))
     assert (len(whole.nodes), inputs, outputs) == (4, (0,), (5,))
+
+
+def test_a_queue_does_not_take_the_processor_from_whoever_submits(queue: HostQueue) -> None:
+    found: list[int] = []
+    queue.callback(lambda: found.append(os.sched_getscheduler(0))).wait(30)
+    assert (found, os.sched_getscheduler(0)) == ([os.SCHED_BATCH], os.SCHED_OTHER)
+
+
+def test_a_thread_that_may_not_change_how_it_is_scheduled_works(
+    queue: HostQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refused)
+    queue.callback(lambda: None).wait(30)
+    queue.synchronize(30)

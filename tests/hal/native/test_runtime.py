@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
@@ -221,6 +222,13 @@ def test_a_callback_that_raises_fails_the_queue_until_that_was_told(example: Nat
         queue.callback(odd)
         with pytest.raises(BackendFailed, match="ZeroDivisionError: odd"):
             queue.synchronize(30)
+
+
+def test_a_queue_does_not_take_the_processor_from_whoever_submits(example: NativeBackend) -> None:
+    found: list[int] = []
+    with example.open() as device:
+        device.queue().callback(lambda: found.append(os.sched_getscheduler(0))).wait(30)
+    assert (found, os.sched_getscheduler(0)) == ([os.SCHED_BATCH], os.SCHED_OTHER)
 
 
 def test_a_queue_may_be_closed_and_dropped_by_its_own_callback(example: NativeBackend) -> None:
