@@ -53,7 +53,13 @@ def test_the_journal_has_no_warnings_of_ours(appliance: Container) -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", ["ai-assistantd.service", "ai-assistant-worker@.service", "ai-assistant-fetch@.service"]
+    "unit",
+    [
+        "ai-assistantd.service",
+        "ai-assistant-worker@.service",
+        "ai-assistant-gpu-worker@.service",
+        "ai-assistant-fetch@.service",
+    ],
 )
 def test_exposure(appliance: Container, unit: str) -> None:
     report = appliance.run("systemd-analyze", "security", "--no-pager", unit).stdout

@@ -49,6 +49,44 @@ def test_gpus_have_vulkans_drivers_and_the_processor_is_none_of_them(appliance: 
     assert "vulkan" not in done.stderr.lower()
 
 
+def test_a_worker_with_a_gpu_has_render_nodes_and_no_card(appliance: Container) -> None:
+    """Nodes of null and zero with the names and owners of a GPU's, and a worker that only says what it can open."""
+    units = "/run/systemd/system/ai-assistant-{}worker@.service.d"
+    look = (
+        "import os, sys\n"
+        "for name in ('renderD128', 'card0', 'renderD140'):\n"
+        "    try:\n"
+        "        os.close(os.open('/dev/dri/' + name, os.O_RDWR))\n"
+        "        print(name, 'opened')\n"
+        "    except OSError as error:\n"
+        "        print(name, type(error).__name__)\n"
+        "print(os.path.exists('/dev/kmsg'))\n"
+    )
+    appliance.run("sh", "-c", "cat >/run/look.py", stdin=look)
+    begin = "set -e; mkdir -p /dev/dri; cd /dev/dri; "
+    for name, minor, group in (("renderD128", 3, "render"), ("card0", 5, "video")):
+        begin += f"mknod {name} c 1 {minor}; chgrp {group} {name}; chmod 660 {name}; "
+    try:
+        appliance.run("sh", "-c", begin)
+        for kind in ("", "gpu-"):
+            drop_in = "[Service]\nType=oneshot\nExecStart=\nExecStart=/usr/bin/python3 /run/look.py\n"
+            folder = units.format(kind)
+            appliance.run("sh", "-c", f"mkdir -p {folder}; cat >{folder}/99-look.conf", stdin=drop_in)
+        appliance.run("systemctl", "daemon-reload")
+        said = {}
+        for kind in ("", "gpu-"):
+            unit = f"ai-assistant-{kind}worker@look.service"
+            appliance.run("systemctl", "start", unit)
+            log = appliance.run("journalctl", "--no-pager", "-o", "cat", "-u", unit, "_COMM=python3").stdout
+            said[kind] = log.splitlines()
+        missing = "FileNotFoundError"
+        assert said[""] == [f"renderD128 {missing}", f"card0 {missing}", f"renderD140 {missing}", "False"]
+        assert said["gpu-"] == ["renderD128 opened", "card0 PermissionError", f"renderD140 {missing}", "False"]
+    finally:
+        appliance.run("sh", "-c", f"rm -rf /dev/dri /run/look.py {units.format('')} {units.format('gpu-')}")
+        appliance.run("systemctl", "daemon-reload")
+
+
 def test_a_backend_is_begun_and_certified_in_the_image(appliance: Container) -> None:
     begin = "cd /tmp && rm -rf acme-npu acme-chip && "
     python = "ai-assistant hal new acme-npu && ai-assistant hal certify acme-npu/acme_npu.py --level bronze --json"

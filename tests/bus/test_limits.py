@@ -110,7 +110,9 @@ def test_what_keeps_it_from_starting(tmp_path: Path, text: str, status: int, say
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("unit", ["ai-assistantd.service", "ai-assistant-worker@.service"])
+@pytest.mark.parametrize(
+    "unit", ["ai-assistantd.service", "ai-assistant-worker@.service", "ai-assistant-gpu-worker@.service"]
+)
 def test_units_are_sandboxed(unit: str) -> None:
     command = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", "--no-pager", str(UNITS / unit)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

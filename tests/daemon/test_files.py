@@ -108,6 +108,28 @@ def test_workers_are_kept_from_each_other() -> None:
     assert {"ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "kcmp", "pidfd_getfd"} <= denied
 
 
+def test_a_worker_with_a_gpu_is_as_every_other_and_has_render_nodes() -> None:
+    system = DATA / "usr/lib/systemd/system"
+    folder = system / "ai-assistant-gpu-worker@.service.d"
+    assert sorted(each.name for each in folder.iterdir()) == ["10-worker.conf", "50-gpu.conf"]
+    assert (folder / "10-worker.conf").resolve() == (system / "ai-assistant-worker@.service").resolve()
+    lines = (folder / "50-gpu.conf").read_text().splitlines()
+    said = [line for line in lines if line and line[0] not in "#["]
+    nodes = [line.removeprefix("DeviceAllow=") for line in said if line.startswith("DeviceAllow=")]
+    assert nodes
+    assert all(re.fullmatch(r"/dev/dri/renderD1(2[89]|3[01]) rw", each) for each in nodes)
+    assert {line.partition("=")[0] for line in said} == {
+        "Description", "SupplementaryGroups", "BindPaths", "DeviceAllow", "Environment"
+    }  # fmt: skip
+    assert "SupplementaryGroups=render" in said
+    # Nothing is in the unit itself, which would be read before what it shares with the others.
+    own = units()["ai-assistant-gpu-worker@.service"].splitlines()
+    assert [line for line in own if line and line[0] != "#"] == ["[Unit]", "Description=AI Assistant worker with a GPU"]
+    sockets = [units()[f"ai-assistant-{name}.socket"].splitlines() for name in ("worker", "gpu-worker")]
+    differ = {line.partition("=")[0] for line in set(sockets[0]) ^ set(sockets[1])}
+    assert differ == {"Description", "ListenStream"}
+
+
 def test_the_daemon_always_comes_back() -> None:
     daemon = set(units()["ai-assistantd.service"].splitlines())
     wanted = {"Restart=on-failure", "StartLimitIntervalSec=0", "RestartSteps=6", "RestartMaxDelaySec=60"}
