@@ -141,6 +141,8 @@ class Model:
     created: int = 0
     error: str = ""
     """Why the last load failed; empty otherwise."""
+    warning: str = ""
+    """Why it is loaded elsewhere than it was meant to be; empty otherwise."""
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, Any]) -> Self:
@@ -167,6 +169,7 @@ _MODEL_PROPERTIES = {
     "Transient": "transient",
     "Created": "created",
     "Error": "error",
+    "Warning": "warning",
 }
 
 _ENDED = frozenset({"done", "failed", "cancelled"})

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ai_assistant.errors import InvalidConfig
+from ai_assistant.errors import InvalidArgument, InvalidConfig
+from ai_assistant.hal.hetero.intent import parse
 
 DIRECTORIES = (
     "usr/lib/ai-assistant/config.d",
@@ -39,6 +40,8 @@ class Row:
     low: float = 0
     high: float = math.inf
     choices: tuple[str, ...] = ()
+    parse: Callable[[str], object] | None = None
+    """Raises InvalidArgument for a string that it does not understand."""
 
     @property
     def field(self) -> str:
@@ -56,6 +59,7 @@ ROWS: tuple[Row, ...] = (
         choices=("auto", "f16", "q8_0", "q4_0")),
     Row("models.speculative", str, "auto", "guess tokens ahead: off, lookup, draft, or auto: what measures faster",
         choices=("auto", "off", "lookup", "draft")),
+    Row("models.hetero_compute", str, "OFF", "devices that may share a language model: docs/hetero.md", parse=parse),
     Row("models.spill_memory_bytes", int, 0, "memory per model for states of idle conversations", high=1 << 50),
     Row("models.spill_disk_bytes", int, 0, "disk space per loaded model for the same", high=1 << 50),
     Row("models.idle_unload_s", float, 900.0, "unload a model that nobody used for so long; 0: never", high=1e7),
@@ -94,6 +98,7 @@ class Config:
     models_batch_tokens: int
     models_kv_type: str
     models_speculative: str
+    models_hetero_compute: str
     models_spill_memory_bytes: int
     models_spill_disk_bytes: int
     models_idle_unload_s: float
@@ -188,6 +193,11 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         raise InvalidConfig(f"{path}: {key} must be between {row.low:g} and {row.high:g}, not {value}", param=key)
     if row.choices and value not in row.choices:
         raise InvalidConfig(f"{path}: {key} must be one of {', '.join(row.choices)}", param=key)
+    if row.parse is not None and isinstance(value, str):
+        try:
+            row.parse(value)
+        except InvalidArgument as error:
+            raise InvalidConfig(f"{path}: {key}: {error.message}", hint=error.hint, param=key) from error
     return value
 
 

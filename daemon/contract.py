@@ -48,6 +48,8 @@ class ModelRecord:
     """Passed as a descriptor; dies with the connection of its owner."""
     error: str = ""
     """Why the last load failed; empty otherwise."""
+    warning: str = ""
+    """Why it is loaded elsewhere than it was meant to be: a device that failed, or is avoided; empty otherwise."""
     pinned: bool = False
     """Never unloaded to make room, nor for being idle."""
     capabilities: tuple[str, ...] = ()

@@ -28,7 +28,8 @@ from ai_assistant.daemon.room import MAX_WORKERS, Meters, Room
 from ai_assistant.daemon.slot import Slot, Worker
 from ai_assistant.daemon.spill import open_spill
 from ai_assistant.engines import memory
-from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest, LoadOptions
+from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest, LoadOptions, Placement
+from ai_assistant.engines.placing import MAX_AVOIDED
 from ai_assistant.errors import (
     AIAssistantError,
     Busy,
@@ -91,6 +92,11 @@ class Residency:
         """(state, why the last load failed)."""
         slot = self._slots.get(name)
         return (slot.state, slot.error) if slot is not None else (ModelState.UNLOADED, "")
+
+    def warning(self, name: str) -> str:
+        """Why the loaded model is not on the devices that it was meant for; "" where it is."""
+        slot = self._slots.get(name)
+        return slot.warning if slot is not None else ""
 
     def busy(self, name: str) -> bool:
         """Whether the model is loading or answers somebody."""
@@ -303,7 +309,7 @@ class Residency:
             if isinstance(error, TimeoutError):
                 error = Timeout(f"loading {name} took longer than {self._config.worker_load_timeout_s:g} s")
             if isinstance(error, WorkerCrashed):
-                self._crashed(slot)
+                self._crashed(slot, worker)
             if isinstance(error, Exception):
                 self._counters.metrics.load_failed(name)
             if isinstance(error, AIAssistantError):
@@ -318,6 +324,7 @@ class Residency:
         slot.worker = worker
         slot.load = None
         slot.promised = False
+        self._placed(slot, worker.placement)
         slot.loaded_at = slot.last_used = self._now()
         slot.load_s = slot.loaded_at - begin
         slot.trimmed = False
@@ -331,6 +338,8 @@ class Residency:
     async def _send_model(self, slot: Slot, worker: Worker, options: LoadOptions) -> None:
         if not options.memory_limit_bytes:
             options = replace(options, memory_limit_bytes=memory_limit(slot.resident_bytes))
+        if slot.avoid:
+            options = replace(options, extra={**options.extra, "avoid_devices": list(slot.avoid)})
         async with AsyncExitStack() as opened:
             fd = slot.entry.open()
             opened.callback(os.close, fd)
@@ -343,6 +352,15 @@ class Residency:
                     opened.callback(os.close, spill)
                     files["spill"] = spill
             await worker.load(fd, options, lambda value: _tell(slot, value), files)
+
+    def _placed(self, slot: Slot, placement: Placement) -> None:
+        if placement.host_bytes:
+            # The rest is in a device's own memory. What it was estimated at stays the limit: the prediction is younger,
+            # and no better.
+            slot.resident_bytes = min(slot.resident_bytes, placement.host_bytes)
+        if placement.warning and placement.warning != slot.warning:
+            log.warning("%s: %s", slot.entry.name, placement.warning, extra={"MODEL": slot.entry.name})
+        slot.warning = placement.warning
 
     async def _spill(self, size_bytes: int) -> int | None:
         if self._spill_directory is None:
@@ -386,12 +404,19 @@ class Residency:
         log.error("the worker of %s died: %s", slot.entry.name, reason, extra={"MODEL": slot.entry.name})
         if self._now() - slot.loaded_at > _STABLE_S:
             slot.crashes = 0
-        self._crashed(slot)
+        self._crashed(slot, worker)
         self._set(slot, ModelState.FAILED, "its worker crashed")
         await worker.close()
 
-    def _crashed(self, slot: Slot) -> None:
+    def _crashed(self, slot: Slot, worker: Worker | None) -> None:
         slot.crashes += 1
+        if worker is not None and (devices := worker.placement.devices):
+            # Perhaps it was the driver, perhaps not; without the device there is one suspect less.
+            slot.avoid = tuple(dict.fromkeys((*slot.avoid, *devices)))[:MAX_AVOIDED]
+            log.warning(
+                "%s is loaded without %s from now on", slot.entry.name, ", ".join(devices),
+                extra={"MODEL": slot.entry.name},
+            )  # fmt: skip
         first, longest = self._config.worker_restart_first_s, self._config.worker_restart_longest_s
         wait = min(longest, first * 2.0 ** min(slot.crashes - 1, 30))
         slot.retry_at = self._now() + wait
@@ -462,6 +487,7 @@ def load_options(config: Config) -> LoadOptions:
         speculative=config.models_speculative,
         spill_memory_bytes=config.models_spill_memory_bytes,
         spill_disk_bytes=config.models_spill_disk_bytes,
+        hetero_compute=config.models_hetero_compute,
     )
 
 

@@ -46,6 +46,7 @@ from ai_assistant.errors import (
     NotSupported,
     OutOfMemory,
 )
+from ai_assistant.hal.hetero.intent import parse as parse_intent
 
 log = logging.getLogger(__name__)
 
@@ -273,6 +274,7 @@ class DaemonService:
             builtin=entry.builtin,
             transient=entry.transient,
             error=error,
+            warning=self.residency.warning(entry.name),
             pinned=entry.name in self.pins,
             capabilities=_capabilities(info),
             memory=estimate,
@@ -364,10 +366,19 @@ class DaemonService:
         source.check_unchanged()
         return source
 
-    async def open_model(self, fd: int, prefix: str, context_length: int, owner: str, uid: int | None = None) -> Entry:
+    async def open_model(
+        self,
+        fd: int,
+        prefix: str,
+        context_length: int,
+        owner: str,
+        uid: int | None = None,
+        hetero_compute: str = "",
+    ) -> Entry:
         """Register a file that stays where it is; `fd` belongs to this from now on.
 
         Args:
+            hetero_compute: which devices may have it, as in docs/hetero.md; "": as the configuration says.
             uid: the user that it belongs to; None: the daemon's own.
 
         Raises:
@@ -383,6 +394,8 @@ class DaemonService:
             options = load_options(self.config)
             if context_length:
                 options = replace(options, context_length=context_length)
+            if hetero_compute:
+                options = replace(options, hetero_compute=str(parse_intent(hetero_compute)))
             source = await self._source(fd, options)
             # Others of the same user may have come while the file was looked at.
             self._check_transient(user)
@@ -393,7 +406,7 @@ class DaemonService:
                 owner,
                 user,
                 int(time.time()),
-                options=options if context_length else None,
+                options=options if context_length or hetero_compute else None,
             )
         except BaseException:
             os.close(fd)

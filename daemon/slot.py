@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ai_assistant.daemon.contract import ModelState
 from ai_assistant.daemon.registry import Entry
-from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest, LoadOptions, ModelInfo
+from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest, LoadOptions, ModelInfo, Placement
 
 _LEAST_LOAD_S = 0.01
 
@@ -19,6 +19,9 @@ class Worker(Protocol):
 
     died: asyncio.Future[str]
     """Done when the process is gone, for whatever reason."""
+
+    placement: Placement
+    """Where the model's layers are; from before the moment in which a device beside the processor gets any."""
 
     async def load(
         self,
@@ -79,6 +82,10 @@ class Slot:
     crashes: int = 0
     retry_at: float = 0.0
     gone: bool = False
+    avoid: tuple[str, ...] = ()
+    """Devices that this model's worker died with: not used again before the daemon or the model is a new one."""
+    warning: str = ""
+    """Why the loaded model is not where it was meant to be."""
 
     @property
     def idle(self) -> bool:

@@ -73,6 +73,8 @@ class ContextShape:
     """At most; fewer decode while others hold some of the cores."""
     kv_type: str = "f16"
     whole: bool = False
+    on_devices: bool = False
+    """The caches of layers that another device has are there, too."""
 
 
 class NativeContext:
@@ -118,7 +120,7 @@ class NativeContext:
         parameters.n_outputs_max = shape.outputs
         parameters.n_threads = parameters.n_threads_batch = shape.threads
         parameters.no_perf = True
-        parameters.offload_kqv = False
+        parameters.offload_kqv = shape.on_devices
         parameters.op_offload = False
         if shape.kv_type != "f16":
             parameters.type_k = parameters.type_v = getattr(lib, f"GGML_TYPE_{shape.kv_type.upper()}")

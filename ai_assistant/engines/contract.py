@@ -335,7 +335,41 @@ class LoadOptions:
     """States of idle conversations kept in memory."""
     spill_disk_bytes: int = 0
     """The same in the file that comes as `spill`."""
+    hetero_compute: str = ""
+    """Which devices may have layers, as in docs/hetero.md; empty: what the environment says, or OFF."""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    """For the engine: `max_queued`; `avoid_devices`, names; `placing`, a function that is told a `Placement` before
+    anything is loaded to devices beside the processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model's layers are.
+
+    Args:
+        parts: (device, layers) in the order in which they run; the output counts as the last layer.
+        memory_bytes: what each device was predicted to hold.
+        host_bytes: of the host's memory, with what devices have of it that share it; 0 where all of the model is there.
+        warning: why it is not as it was meant to be; "" where it is.
+    """
+
+    parts: tuple[tuple[str, int], ...] = ()
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    host_bytes: int = 0
+    warning: str = ""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Those beside the processor."""
+        return tuple(name for name, _ in self.parts if name != "cpu")
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """An engine that says where its model is."""
+
+    @property
+    def placement(self) -> Placement: ...
 
 
 class Generation(Iterator[Event], Protocol):

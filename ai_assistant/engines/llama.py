@@ -23,14 +23,18 @@ from ai_assistant.engines.contract import (
     GenerateRequest,
     LoadOptions,
     ModelInfo,
+    Placement,
 )
 from ai_assistant.engines.gguf import Gguf, opened, read_gguf
 from ai_assistant.engines.grammar import grammar_of
+from ai_assistant.engines.placing import avoided, decide, intent_of
 from ai_assistant.engines.user_text import Piece
 from ai_assistant.errors import (
     AIAssistantError,
     ContextOverflow,
+    DeviceLost,
     InvalidArgument,
+    InvalidModel,
     NotSupported,
     OutOfMemory,
 )
@@ -70,20 +74,51 @@ class LlamaEngine:
             header = read_gguf(fd)
             info = gguf_rules.check(header)
             options = memory.settled(gguf_rules.memory_shape(header), options)
+            placement = decide(header, options)
+            if not placement.devices:
+                _check_memory(header, options, files)
+                return cls._load(fd, header, info, options, progress, files, placement)
+            _check_memory(header, options, files, placement.host_bytes)
+            _announce(options, placement)
+            try:
+                return cls._load(fd, header, info, options, progress, files, placement)
+            except (DeviceLost, InvalidModel, OutOfMemory) as error:
+                # The library does not say whose fault it was. Without the device it is the model's, if it fails again.
+                names = ", ".join(placement.devices)
+                back = Placement(warning=f"{names} not used: loading failed there: {error.message[:300]}")
+            _announce(options, back)
             _check_memory(header, options, files)
-            from ai_assistant.engines.native import load_model
+            return cls._load(fd, header, info, options, progress, files, back)
 
-            model = load_model(fd, progress, repack=options.repack)
+    @classmethod
+    def _load(
+        cls,
+        fd: int,
+        header: Gguf,
+        info: ModelInfo,
+        options: LoadOptions,
+        progress: Callable[[float], None] | None,
+        files: Mapping[str, int],
+        placement: Placement,
+    ) -> LlamaEngine:
+        from ai_assistant.engines.native import library, load_model
+
+        parts = [(name.removeprefix("ggml:"), count) for name, count in placement.parts if name != "cpu"]
+        model = load_model(fd, progress, repack=options.repack, parts=parts)
         try:
-            return cls(model, header, info, options, files)
+            return cls(model, header, info, options, files, placement)
         except BaseException:
-            from ai_assistant.engines.native import library
-
             library().llama_model_free(model)
             raise
 
     def __init__(
-        self, model: Any, header: Gguf, info: ModelInfo, options: LoadOptions, files: Mapping[str, int]
+        self,
+        model: Any,
+        header: Gguf,
+        info: ModelInfo,
+        options: LoadOptions,
+        files: Mapping[str, int],
+        placement: Placement = Placement(),  # noqa: B008 - frozen
     ) -> None:
         from ai_assistant.engines.native import default_threads, library
         from ai_assistant.engines.templates import ChatTemplate
@@ -95,6 +130,7 @@ class LlamaEngine:
         self._context_length = options.context_length
         self._threads = options.threads or default_threads()
         self._options = options
+        self._placement = placement
         self._vocabulary = Vocabulary(self._lib, model, header.tokens[1])
         bos, eos = (self._vocabulary.text_of(each) for each in (self._vocabulary.bos, self._vocabulary.eos))
         self._template = ChatTemplate(header.chat_template, bos, eos)
@@ -125,6 +161,7 @@ class LlamaEngine:
             threads=self._threads,
             kv_type=options.kv_type,
             whole=whole,
+            on_devices=bool(self._placement.devices),
         )
         context = NativeContext(self._lib, self._model, vocabulary.size, shape)
         context.open()
@@ -156,12 +193,19 @@ class LlamaEngine:
         if mode != "lookup" and "draft" in files:
             from ai_assistant.engines.draft import open_draft
 
-            drafter = open_draft(self._lib, files["draft"], self._vocabulary, shape, self._context_length)
+            # The small model stays on the processor.
+            near = replace(shape, on_devices=False)
+            drafter = open_draft(self._lib, files["draft"], self._vocabulary, near, self._context_length)
         return Speculation(drafter, measured=mode == "auto", most=guesses)
 
     @property
     def info(self) -> ModelInfo:
         return self._info
+
+    @property
+    def placement(self) -> Placement:
+        """Where its layers are; without parts: on the processor."""
+        return self._placement
 
     @property
     def context_length(self) -> int:
@@ -396,13 +440,27 @@ def checked_options(options: LoadOptions) -> LoadOptions:
     for name, words in (("kv_type", ("auto", "f16", "q8_0", "q4_0")), ("speculative", SPECULATIVE)):
         if getattr(options, name) not in words:
             raise InvalidArgument(f"{name} must be one of {', '.join(words)}", param=name)
+    intent_of(options)
+    avoided(options)
     queued = options.extra.get("max_queued", MAX_QUEUED)
     if isinstance(queued, bool) or not isinstance(queued, int) or not 0 <= queued <= 1024:
         raise InvalidArgument("max_queued must be between 0 and 1024", param="max_queued")
     return replace(options, batch_tokens=max(options.batch_tokens, options.sequences))
 
 
-def _check_memory(header: Gguf, options: LoadOptions, files: Mapping[str, int]) -> None:
+def _announce(options: LoadOptions, placement: Placement) -> None:
+    tell = options.extra.get("placing")
+    if callable(tell):
+        tell(placement)
+
+
+def _check_memory(
+    header: Gguf, options: LoadOptions, files: Mapping[str, int], placed_bytes: int | None = None
+) -> None:
+    """
+    Args:
+        placed_bytes: what the model takes of the host's memory where other devices have some of it.
+    """
     limit = options.memory_limit_bytes
     if not limit:
         return
@@ -411,7 +469,10 @@ def _check_memory(header: Gguf, options: LoadOptions, files: Mapping[str, int]) 
         smaller = read_gguf(files["draft"])
         gguf_rules.check(smaller)
         draft = gguf_rules.memory_shape(smaller)
-    needed = memory.estimate(gguf_rules.memory_shape(header), options, draft).total_bytes
+    shape = gguf_rules.memory_shape(header)
+    needed = memory.estimate(shape, options, draft).total_bytes
+    if placed_bytes is not None:
+        needed += placed_bytes - memory.estimate(shape, options).total_bytes
     if needed > limit:
         raise OutOfMemory(
             f"the model needs about {needed >> 20} MiB ({header.weight_bytes >> 20} MiB of weights, "

@@ -186,6 +186,29 @@ def kv_bytes(shape: MemoryShape, options: LoadOptions) -> int:
     return _cache_bytes(shape, chosen.kv_type, chosen.context_length, chosen.sequences)
 
 
+def output_rows(shape: MemoryShape, options: LoadOptions) -> int:
+    """Rows of logits that one step can make."""
+    chosen = settle(shape, options)
+    return 0 if shape.whole_texts else chosen.sequences + _guess_rows(shape, options, chosen)
+
+
+def results_bytes(shape: MemoryShape, options: LoadOptions) -> int:
+    """Logits in the graph and where they are read, and the candidates that are made of them."""
+    chosen = settle(shape, options)
+    return _results_bytes(shape, chosen, _guess_rows(shape, options, chosen))
+
+
+def step_tokens(shape: MemoryShape, options: LoadOptions) -> int:
+    """Tokens of the largest step."""
+    return _step(shape, options, settle(shape, options))[0]
+
+
+def mask_bytes(shape: MemoryShape, options: LoadOptions) -> int:
+    """What says which cells each token of a step may look at."""
+    step, cells = _step(shape, options, settle(shape, options))
+    return _mask_bytes(shape, step, cells)
+
+
 def outputs_ahead(vocabulary: int, sequences: int) -> int:
     """Guesses of one step, all sequences together, that there are rows of logits for."""
     # One row in the graph and one in the output buffer.
@@ -221,17 +244,29 @@ def _guess_rows(shape: MemoryShape, options: LoadOptions, chosen: Settled) -> in
 
 
 def _compute_bytes(shape: MemoryShape, options: LoadOptions, chosen: Settled, *, guesses: int = 0) -> int:
+    step, cells = _step(shape, options, chosen)
+    # A matrix product keeps its other side once more, quantised or in 16 bits: about a sixth of the activations.
+    activations = step * shape.step_bytes * 7 // 6
+    results = _results_bytes(shape, chosen, guesses)
+    return activations + _mask_bytes(shape, step, cells) + results + shape.compute_bytes
+
+
+def _step(shape: MemoryShape, options: LoadOptions, chosen: Settled) -> tuple[int, int]:
+    """Tokens of the largest step, and cells of a sequence."""
     cells = cells_per_sequence(chosen.context_length) if shape.context_length else 0
     step = max(_SHORTEST_READ, _power_of_two(cells)) if shape.whole_texts else options.batch_tokens
-    step = min(step, max(cells, 1)) if not shape.whole_texts else step
-    # Masks have 16 bits per token of the step and cell that it may look at. A matrix product keeps its other side
-    # once more, quantised or in 16 bits: about a sixth of the activations.
-    mask = step * cells * 2 * (1 if shape.whole_texts else shape.masks)
-    activations = step * shape.step_bytes * 7 // 6
+    return (step if shape.whole_texts else min(step, max(cells, 1))), cells
+
+
+def _mask_bytes(shape: MemoryShape, step: int, cells: int) -> int:
+    # 16 bits per token of the step and cell that it may look at.
+    return step * cells * 2 * (1 if shape.whole_texts else shape.masks)
+
+
+def _results_bytes(shape: MemoryShape, chosen: Settled, guesses: int) -> int:
     # Logits of every sequence: in the graph, in the output buffer, and as candidates of 12 bytes. Those of guesses are
     # looked at one after the other and need no candidates.
-    outputs = 0 if shape.whole_texts else (chosen.sequences * 20 + guesses * 8) * shape.vocabulary
-    return activations + mask + outputs + shape.compute_bytes
+    return 0 if shape.whole_texts else (chosen.sequences * 20 + guesses * 8) * shape.vocabulary
 
 
 def _power_of_two(number: int) -> int:

@@ -12,19 +12,44 @@ import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ai_assistant.errors import InvalidModel, NotSupported
+from ai_assistant.errors import DeviceLost, InvalidModel, NotSupported
 from ai_assistant.hal.ggml import vulkan
 
 SPIN_COUNT = "3000"
 _LOG_WARN = 3
 _LOG_CONT = 5
 
+GPU, INTEGRATED = 1, 2
+"""ggml's types of devices; 0 is the processor, others only help it."""
+_DEVICE_FUNCTIONS: tuple[tuple[str, Any, list[Any]], ...] = (
+    ("ggml_backend_dev_count", ctypes.c_size_t, []),
+    ("ggml_backend_dev_get", ctypes.c_void_p, [ctypes.c_size_t]),
+    ("ggml_backend_dev_type", ctypes.c_int, [ctypes.c_void_p]),
+    ("ggml_backend_dev_name", ctypes.c_char_p, [ctypes.c_void_p]),
+    ("ggml_backend_dev_description", ctypes.c_char_p, [ctypes.c_void_p]),
+    ("ggml_backend_dev_buffer_type", ctypes.c_void_p, [ctypes.c_void_p]),
+    ("ggml_backend_dev_memory", None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]),
+)
+
+
+class NativeDevice(NamedTuple):
+    """A device that is not the processor, as ggml has it. Memory in bytes."""
+
+    name: str
+    description: str
+    address: int
+    free_bytes: int
+    integrated: bool
+    """Its memory is the host's."""
+
+
 _lock = threading.Lock()
+_registry: Any = None
 _loaded: Any = None
 _keep: list[Any] = []
 """Callbacks that C holds a pointer to."""
@@ -80,13 +105,48 @@ def _load_backends(module: Any) -> None:
     ggml = folder / "libggml.so"
     if not ggml.exists():
         return
+    global _registry
     handle = ctypes.CDLL(str(ggml))
     if not hasattr(handle, "ggml_backend_load_all_from_path"):
         return
+    for name, returns, takes in _DEVICE_FUNCTIONS:
+        # They are in libggml-base, which this one needs: a look-up through it finds both.
+        function = getattr(handle, name)
+        function.restype, function.argtypes = returns, takes
+    _registry = handle
     load = handle.ggml_backend_load_all_from_path
     load.argtypes, load.restype = [ctypes.c_char_p], None
     with vulkan.drivers():
         load(os.fsencode(folder))
+
+
+def devices() -> dict[str, NativeDevice]:
+    """Every device that the library can put layers on, beside the processor, by name; {} on most machines.
+
+    Costs nothing: the plug-ins are loaded already.
+    """
+    library()
+    if _registry is None:
+        return {}
+    found: dict[str, NativeDevice] = {}
+    for number in range(_registry.ggml_backend_dev_count()):
+        address = _registry.ggml_backend_dev_get(number)
+        kind = _registry.ggml_backend_dev_type(address)
+        if kind in (GPU, INTEGRATED):
+            name = _registry.ggml_backend_dev_name(address).decode(errors="replace")
+            text = _registry.ggml_backend_dev_description(address).decode(errors="replace").strip()
+            free, total = ctypes.c_size_t(), ctypes.c_size_t()
+            _registry.ggml_backend_dev_memory(address, ctypes.byref(free), ctypes.byref(total))
+            found[name] = NativeDevice(name, text, address, free.value, kind == INTEGRATED)
+    return found
+
+
+def claim(device: NativeDevice) -> None:
+    """Have the library open a device as a language model wants it, with numbers of 16 bits.
+
+    Who opens it first in a process decides that, and `hal.backends.ggml`, which measures it, would have 32 bits.
+    """
+    _registry.ggml_backend_dev_buffer_type(device.address)
 
 
 def last_messages() -> str:
@@ -125,18 +185,27 @@ def stream_of(fd: int) -> Iterator[int]:
         libc.fclose(stream)
 
 
-def load_model(fd: int, progress: Callable[[float], None] | None, *, repack: bool = True) -> Any:
+def load_model(
+    fd: int,
+    progress: Callable[[float], None] | None,
+    *,
+    repack: bool = True,
+    parts: Sequence[tuple[str, int]] = (),
+) -> Any:
     """Map a checked GGUF file's weights. Returns a model pointer for `llama_model_free`.
 
     Args:
         repack: copy weights into a layout that this processor multiplies faster, at the cost of their size.
+        parts: (name of a device, layers on it), as they follow each other at the end of the model, the output being
+            one more layer; what is before them stays on the processor. Empty: everything does.
 
     Raises:
         InvalidModel: the library refuses the file; its own words are in the message.
+        DeviceLost: a device of `parts` is not there.
     """
     lib = library()
     parameters = lib.llama_model_default_params()
-    parameters.n_gpu_layers = 0
+    keep = _place(lib, parameters, parts)
     parameters.use_extra_bufts = repack
     # Never MAP_POPULATE-and-lock: the kernel may drop clean weight pages under pressure.
     parameters.load_mode = getattr(lib, "LLAMA_LOAD_MODE_MMAP", 1)
@@ -148,7 +217,29 @@ def load_model(fd: int, progress: Callable[[float], None] | None, *, repack: boo
     if not model:
         reason = last_messages() or "it does not say why"
         raise InvalidModel(f"the inference library refuses this model: {reason[:600]}")
+    del keep  # the library has read them
     return model
+
+
+def _place(lib: Any, parameters: Any, parts: Sequence[tuple[str, int]]) -> tuple[Any, ...]:
+    """Write into the parameters who gets which layers. Returns what they point to."""
+    known = devices() if parts else {}
+    missing = [name for name, _ in parts if name not in known]
+    if missing:
+        raise DeviceLost(f"the device {missing[0]} is not there any more")
+    # Without a list, the library would take every device, also for layers that stay on the processor: their weights
+    # would lie in its buffers.
+    listed = (ctypes.c_void_p * (len(parts) + 1))(*(known[name].address for name, _ in parts), None)
+    shares = (ctypes.c_float * max(int(lib.llama_max_devices()), len(parts), 1))(*(count for _, count in parts))
+    parameters.devices = ctypes.cast(listed, ctypes.c_void_p)
+    parameters.n_gpu_layers = sum(count for _, count in parts)
+    if parts:
+        parameters.split_mode = lib.LLAMA_SPLIT_MODE_LAYER
+        parameters.main_gpu = 0
+        parameters.tensor_split = ctypes.cast(shares, ctypes.POINTER(ctypes.c_float))
+        # Otherwise the processor's part would be copied into the device's pinned memory, neither mapped nor repacked.
+        parameters.no_host = True
+    return listed, shares
 
 
 def _load_from_stream(lib: Any) -> Any:

@@ -94,12 +94,15 @@ class Manager:
         values = plain(options)
         prefix = values.pop("name", "transient")
         context_length = values.pop("context_length", 0)
+        hetero_compute = values.pop("hetero_compute", "")
         no_options(values)
+        if not isinstance(hetero_compute, str):
+            raise InvalidArgument("hetero_compute must be a string", param="hetero_compute")
         if not isinstance(prefix, str):
             raise InvalidArgument("name must be a string", param="name")
         if isinstance(context_length, bool) or not isinstance(context_length, int) or not 0 <= context_length < 1 << 24:
             raise InvalidArgument("context_length must be an integer from 0 to 16777215", param="context_length")
-        entry = await self._service.open_model(file.take(), prefix, context_length, call.sender, uid)
+        entry = await self._service.open_model(file.take(), prefix, context_length, call.sender, uid, hetero_compute)
         return self._model_path(entry.name), entry.name
 
     async def measure_devices(self, call: Call) -> str:

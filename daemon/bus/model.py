@@ -57,6 +57,7 @@ class ModelObject:
             "Transient": record.transient,
             "Created": record.created,
             "Error": record.error,
+            "Warning": record.warning,
         }
 
     async def load(self, call: Call, options: Mapping[str, Any]) -> str:

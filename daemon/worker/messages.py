@@ -16,6 +16,7 @@ from ai_assistant.engines.contract import (
     Finished,
     FinishReason,
     ModelInfo,
+    Placement,
     Queued,
     TokenLogprob,
     ToolCall,
@@ -27,6 +28,9 @@ _MAX_MESSAGE = 2000
 _MAX_PER_CHUNK = 64
 _MAX_CALLS = 128
 _MAX_LABEL = 200
+_MAX_DEVICES = 17
+"""As many as an intent can name, and the processor."""
+_MAX_NAME = 200
 MAX_LABELS = 20_000
 """Labels of one classification, over all its texts; a worker refuses to send more."""
 
@@ -64,6 +68,26 @@ def model_info(value: Any) -> ModelInfo:
         raise ProtocolError("a strange description of a model")
     kinds: dict[str, Callable[[Any], Any]] = {"str": _text, "int": _count, "bool": _truth}
     return ModelInfo(**{each.name: kinds[str(each.type)](value[each.name]) for each in fields(ModelInfo)})
+
+
+def placement(value: Any) -> Placement:
+    """Of a load; an engine that does not say has none."""
+    if value is None:
+        return Placement()
+    if not isinstance(value, dict) or set(value) != {each.name for each in fields(Placement)}:
+        raise ProtocolError("a strange placement")
+    memory = value["memory_bytes"]
+    if not isinstance(memory, dict) or len(memory) > _MAX_DEVICES:
+        raise ProtocolError("a strange placement")
+    pairs = [_list(each, 2) for each in _list(value["parts"], _MAX_DEVICES)]
+    if any(len(each) != 2 for each in pairs):
+        raise ProtocolError("a strange placement")
+    return Placement(
+        parts=tuple((_text(name)[:_MAX_NAME], _count(layers)) for name, layers in pairs),
+        memory_bytes={_text(name)[:_MAX_NAME]: _count(size) for name, size in memory.items()},
+        host_bytes=_count(value["host_bytes"]),
+        warning=_text(value["warning"])[:_MAX_MESSAGE],
+    )
 
 
 def _vectors(value: Any) -> tuple[list[list[float]], int]:

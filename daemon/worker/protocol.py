@@ -17,7 +17,15 @@ from ai_assistant.daemon.jsonshape import excess
 from ai_assistant.daemon.worker import messages
 from ai_assistant.daemon.worker.frames import MAX_EVENT, MAX_FILES, MAX_FRAME, FrameReader, ProtocolError, encode
 from ai_assistant.daemon.worker.pending import MAX_ANSWER, Pending
-from ai_assistant.engines.contract import EngineStats, Event, Finished, GenerateRequest, LoadOptions, ModelInfo
+from ai_assistant.engines.contract import (
+    EngineStats,
+    Event,
+    Finished,
+    GenerateRequest,
+    LoadOptions,
+    ModelInfo,
+    Placement,
+)
 from ai_assistant.errors import AIAssistantError, Busy, InternalError, InvalidArgument, WorkerCrashed
 
 MAX_UNSENT = 64 << 20
@@ -50,6 +58,7 @@ class WorkerClient:
 
     Attributes:
         died: done when the connection has ended, by `close` or otherwise; its result says why.
+        placement: where the model's layers are, known before anything is loaded to a device beside the processor.
     """
 
     def __init__(
@@ -65,6 +74,7 @@ class WorkerClient:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self.died: asyncio.Future[str] = self._loop.create_future()
+        self.placement = Placement()
         self._transport: asyncio.Transport | None = None
         self._pending: dict[int, Pending] = {}
         self._leaving: dict[int, tuple[str, int]] = {}
@@ -339,7 +349,10 @@ class WorkerClient:
         elif kind == "progress" and pending.op == "load":
             if pending.progress is not None:
                 pending.progress(messages.progress(message))
+        elif kind == "placing" and pending.op == "load":
+            self.placement = messages.placement(message.get("placement"))
         elif kind == "loaded" and pending.op == "load":
+            self.placement = messages.placement(message.get("placement"))
             pending.put(messages.model_info(message.get("info")))
             pending.ended = True
         elif kind == "result" and pending.op in messages.RESULTS:

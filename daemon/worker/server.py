@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from ai_assistant.daemon.worker.frames import MAX_EVENT, MAX_FILES, FrameReader, ProtocolError, encode, framed
@@ -32,6 +32,8 @@ from ai_assistant.engines.contract import (
     Generation,
     LoadOptions,
     PacedGeneration,
+    Placed,
+    Placement,
     Supervised,
     event_to_dict,
 )
@@ -153,13 +155,19 @@ class WorkerServer:
         def progress(value: float) -> None:
             self._send({"id": 0, "event": "progress", "value": value})
 
+        def placing(placement: Placement) -> None:
+            self._send({"id": 0, "event": "placing", "placement": asdict(placement)})
+
+        options = replace(options, extra={**options.extra, "placing": placing})
         try:
             others = {name: fd for name, fd in files.items() if name != "model"}
             engine = self._open_model(files["model"], options, progress, others)
             queued = options.extra.get("max_queued", MAX_REQUESTS)
             self._pool = ThreadPoolExecutor(options.sequences + min(queued, _POOL_BEYOND_SEQUENCES), "request")
             self._engine = engine
-            self._send({"id": 0, "event": "loaded", "info": asdict(engine.info)})
+            placed: object = engine
+            placement = placed.placement if isinstance(placed, Placed) else Placement()
+            self._send({"id": 0, "event": "loaded", "info": asdict(engine.info), "placement": asdict(placement)})
         except AIAssistantError as error:
             self._send_error(0, error)
         except MemoryError:

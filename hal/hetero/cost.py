@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ai_assistant.errors import AIAssistantError, DeviceLost
+from ai_assistant.errors import AIAssistantError, BackendFailed, DeviceLost, NotSupported, OutOfMemory, Timeout
 from ai_assistant.hal.contract import Context, Queue
 from ai_assistant.hal.graph import NO_VALUE, Graph, Node, TensorSpec
 from ai_assistant.hal.hetero import measure
@@ -25,6 +25,7 @@ ASSUMED_LAUNCH_S = 50e-6
 ASSUMED_HOP_S = 30e-6
 """A modest CPU. Only differences between devices matter, and those without a measurement are all alike."""
 _RATES = "rates"
+_RESIDENT = "rates with constants"
 _WATTS = "watts"
 _MAX_WATTS = 1e4
 
@@ -76,6 +77,15 @@ class CostModel:
         found = self._stores[device].get(_WATTS)
         return found[0] if found else None
 
+    def resident(self, device: str) -> tuple[float, float]:
+        """Operations and bytes per second of products with what is on the device; 0 where nobody measured them."""
+        found = self._stores[device].get(_RESIDENT)
+        return (found[0], found[1]) if found is not None and len(found) == 2 else (0.0, 0.0)
+
+    def moved_s(self, device: str) -> float:
+        """Bytes per second of an operator whose operands the host gives and gets back; 0 where nobody measured them."""
+        return self._rates(device)[1]
+
     def _class(self, node: Node, graph: Graph) -> tuple[str, Work]:
         known = self._memo.setdefault(graph, {})
         if (found := known.get(id(node))) is None:
@@ -112,6 +122,21 @@ class CostModel:
         for name in names:
             self._stores[name].save()
         return count
+
+    def measure_resident(self, devices: Iterable[str]) -> None:
+        """Measure what is not known of the devices' rates, with operands that come and with constants.
+
+        Raises:
+            DeviceLost
+        """
+        for name in devices:
+            store = self._stores[name]
+            self._measure_rates(name)
+            self._measure_watts(name)
+            if store.get(_RESIDENT) is None:
+                with contextlib.suppress(BackendFailed, NotSupported, OutOfMemory, Timeout):
+                    store.put(_RESIDENT, *measure.resident_rates(self._contexts[name]))
+            store.save()
 
     def _measure_nodes(self, name: str, nodes: Iterable[tuple[str, Node]], graph: Graph, deadline: float) -> int:
         context, store = self._contexts[name], self._stores[name]

@@ -24,6 +24,7 @@ from ai_assistant.engines.contract import (
     GenerateRequest,
     LoadOptions,
     ModelInfo,
+    Placement,
     Usage,
 )
 from ai_assistant.engines.memory import MemoryShape
@@ -54,6 +55,7 @@ class Lab:
         self.untouched = 0
         self.load_s = 0.01
         self.fail: AIAssistantError | None = None
+        self.placement = Placement()
         self.gate = asyncio.Event()
         self.gate.set()
         self.loads: list[LoadOptions] = []
@@ -74,6 +76,7 @@ class Scripted:
         self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.taken = 0
         self.closed_generations = 0
+        self.placement = lab.placement
 
     async def load(
         self,
@@ -259,6 +262,53 @@ async def test_crash_back_off_and_restart(lab: Lab, config: Config, entries: dic
     assert len(lab.workers) == 2
     await asyncio.sleep(0.15)
     assert len(lab.workers) == 3
+    await residency.close()
+
+
+async def test_a_device_that_a_worker_died_with_is_avoided(
+    lab: Lab, config: Config, entries: dict[str, Entry], caplog: pytest.LogCaptureFixture
+) -> None:
+    residency = make(lab, config)
+    lab.placement = Placement((("cpu", 3), ("ggml:Vulkan0", 6)), {}, 100 * MIB)
+    await ask(residency, entries["a"])
+    assert "avoid_devices" not in lab.loads[0].extra
+    # The rest of it is in the device's own memory.
+    assert residency.resident_bytes("a:1") == 100 * MIB
+    lab.workers[0].crash()
+    lab.placement = Placement(warning="ggml:Vulkan0 not used: its driver ended a process")
+    await asyncio.sleep(0.01)
+    await ask(residency, entries["a"])
+    assert lab.loads[1].extra["avoid_devices"] == ["ggml:Vulkan0"]
+    assert residency.warning("a:1") == "ggml:Vulkan0 not used: its driver ended a process"
+    await residency.unload("a:1")
+    await ask(residency, entries["a"])
+    assert lab.loads[2].extra["avoid_devices"] == ["ggml:Vulkan0"]
+    told = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert sum("is loaded without ggml:Vulkan0" in each for each in told) == 1
+    assert sum("its driver ended" in each for each in told) == 1
+    # Another model is not suspected, and neither is a device that a worker had nothing to do with.
+    await ask(residency, entries["b"])
+    assert "avoid_devices" not in lab.loads[3].extra
+    lab.workers[3].crash()
+    await asyncio.sleep(0.01)
+    await ask(residency, entries["b"])
+    assert "avoid_devices" not in lab.loads[4].extra
+    await residency.close()
+
+
+async def test_avoided_devices_are_bounded_and_a_crash_while_loading_counts(
+    lab: Lab, config: Config, entries: dict[str, Entry]
+) -> None:
+    residency = make(lab, dataclasses.replace(config, worker_restart_attempts=0))
+    for number in range(20):
+        lab.placement = Placement(((f"ggml:{number}", 1),))
+        lab.fail = WorkerCrashed("it died")
+        with pytest.raises(WorkerCrashed):
+            await ask(residency, entries["a"])
+        residency._slots["a:1"].retry_at = 0.0
+    lab.fail, lab.placement = None, Placement()
+    await ask(residency, entries["a"])
+    assert lab.loads[-1].extra["avoid_devices"] == [f"ggml:{number}" for number in range(16)]
     await residency.close()
 
 
