@@ -46,7 +46,7 @@ class DType(StrEnum):
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return 1 if self is DType.BOOL else int(self.value.lstrip("bfiu")) // 8
+        return _ITEMSIZE[self]
 
     @property
     def numpy(self) -> np.dtype[Any]:
@@ -65,6 +65,7 @@ class DType(StrEnum):
             raise NotSupported(f"tensors of {dtype.name[:40]} are not supported") from None
 
 
+_ITEMSIZE = {each: 1 if each is DType.BOOL else int(each.value.lstrip("bfiu")) // 8 for each in DType}
 _SHORT = {
     **{f"{kind}{bits}": f"{kind[0]}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
     **{f"float{bits}": f"f{bits}" for bits in (16, 32, 64)},

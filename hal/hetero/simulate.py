@@ -179,10 +179,11 @@ def memory(problem: Problem, cut: Sequence[Piece]) -> Mapping[int, int]:
         constants = {index for group in piece.groups for index in dag.constants[group]}
         here = sum(int(data.nbytes) for index in constants if (data := dag.graph.values[index].data) is not None)
         for group in piece.groups:
+            abroad = [user for user in dag.after[group] if home[user] != number]
             here += sum(
                 dag.nbytes[value]
                 for value in dag.makes[group]
-                if value in wanted or any(home[user] != number for user in _users(dag, value))
+                if value in wanted or any(value in dag.takes[user] for user in abroad)
             )
         arriving = {
             value
@@ -196,7 +197,3 @@ def memory(problem: Problem, cut: Sequence[Piece]) -> Mapping[int, int]:
         # Pieces of a device run one after the other, so only the largest inside counts.
         inner[piece.device] = max(inner.get(piece.device, 0), peak_bytes(dag.graph, nodes))
     return {device: held[device] + inner[device] for device in held}
-
-
-def _users(dag: Dag, value: int) -> list[int]:
-    return [group for group in dag.after[dag.maker[value]] if value in dag.takes[group]]
