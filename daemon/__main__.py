@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bus-address", default="", help="D-Bus address (default: the system bus)")
     parser.add_argument("--api-socket", type=Path, help="make this socket when none is passed by the service manager")
     parser.add_argument("--worker-socket", type=Path, default=Path("/run/ai-assistant/worker.sock"))
+    parser.add_argument("--gpu-worker-socket", type=Path, default=Path("/run/ai-assistant/gpu-worker.sock"))
     parser.add_argument("--fetch-socket", type=Path, default=Path("/run/ai-assistant/fetch.sock"))
     parser.add_argument("--state-directory", type=Path, default=Path("/var/lib/ai-assistant"))
     values = vars(parser.parse_args(arguments))

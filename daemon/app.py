@@ -30,6 +30,7 @@ from ai_assistant.daemon.status import Machine
 from ai_assistant.daemon.version import VERSION
 from ai_assistant.daemon.worker.protocol import WorkerClient
 from ai_assistant.errors import ServiceUnavailable
+from ai_assistant.hal.hetero.intent import OFF, parse
 from ai_assistant.services.connection import Connection
 from ai_assistant.services.notify import keep_alive, notify, passed_sockets, watchdog_interval
 
@@ -50,6 +51,8 @@ class Options:
     api_socket: Path | None = None
     """A socket to make when the service manager passed none."""
     worker_socket: Path = Path("/run/ai-assistant/worker.sock")
+    gpu_worker_socket: Path = Path("/run/ai-assistant/gpu-worker.sock")
+    """Of workers that may open GPUs: used when the configuration gives models other devices than the processor."""
     fetch_socket: Path = FETCH_SOCKET
     state_directory: Path = Path("/var/lib/ai-assistant")
 
@@ -67,6 +70,11 @@ def connector(path: Path) -> Callable[[], Awaitable[Worker]]:
     return connect
 
 
+def worker_socket(options: Options, config: configuration.Config) -> Path:
+    """Whose workers are wanted: those that see GPUs only where models may use one."""
+    return options.worker_socket if parse(config.models_hetero_compute) == OFF else options.gpu_worker_socket
+
+
 class App:
     """The daemon. Make it inside the event loop."""
 
@@ -81,7 +89,7 @@ class App:
         pins = Pins(options.state_directory / "pins.json")
         residency = Residency(
             self.config,
-            connector(options.worker_socket),
+            connector(worker_socket(options, self.config)),
             Meters(self._machine.memory_available, self._machine.memory_total, lambda: some_avg10(options.root)),
             counters,
             pinned=pins.__contains__,

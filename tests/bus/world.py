@@ -233,7 +233,8 @@ class World:
         """Start it and wait until it says that it is ready."""
         command: list[str | Path] = [sys.executable, "-m", "ai_assistant.daemon", "--root", self.directory / "root"]
         command += ["--bus-address", self.address, "--api-socket", self.api, "--state-directory", self.state]
-        command += ["--worker-socket", self.directory / "run" / "worker.sock"]
+        workers = self.directory / "run" / "worker.sock"
+        command += ["--worker-socket", workers, "--gpu-worker-socket", workers]
         command += ["--fetch-socket", self.directory / "run" / "fetch.sock", *self.daemon_arguments]
         seen = self._daemon_log().count("is ready")
         env = {"PYTHONPATH": str(CHECKOUT), "MALLOC_ARENA_MAX": "2", **self.environment}
