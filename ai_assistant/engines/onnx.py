@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,8 @@ import numpy.typing as npt
 from ai_assistant.engines import memory
 from ai_assistant.engines.contract import EngineStats, GenerateRequest, Generation, LoadOptions, ModelInfo
 from ai_assistant.engines.gguf import opened
+from ai_assistant.engines.hetero import Wish
+from ai_assistant.engines.onnx_hetero import Divided
 from ai_assistant.engines.onnx_package import MODEL, Package, folder_package, is_archive, package_of
 from ai_assistant.engines.onnx_rules import Checked, Pooling, Task, check
 from ai_assistant.engines.onnx_session import Session
@@ -66,16 +68,25 @@ class OnnxEngine:
             if progress is not None:
                 progress(0.1)
             session = Session(package.member(MODEL), checked.file, checked.plan, options.threads)
-        engine = cls(checked, session, options)
+            # Read again, taken apart, put together for a device, and what that one makes of it.
+            needed = 2 * checked.file.size_bytes + checked.memory.compute_bytes
+            pad = checked.tokenizer.pad()
+            divided = Divided(package.member(MODEL), checked.plan, options, pad=pad, needed_bytes=needed)
+        engine = cls(checked, session, options, divided)
         if progress is not None:
             progress(0.9)
-        engine._try_out()
+        try:
+            engine._try_out()
+        except BaseException:
+            engine.close()
+            raise
         if progress is not None:
             progress(1.0)
         return engine
 
-    def __init__(self, checked: Checked, session: Session, options: LoadOptions) -> None:
+    def __init__(self, checked: Checked, session: Session, options: LoadOptions, divided: Divided) -> None:
         self._session: Session | None = session
+        self._divided = divided
         self._tokenizer = checked.tokenizer
         self._plan = checked.plan
         self._info = checked.info
@@ -104,11 +115,17 @@ class OnnxEngine:
     def generate(self, request: GenerateRequest) -> Generation:
         raise NotSupported("this model makes no text", hint=f"it can {self._plan.task}")
 
-    def embed(self, texts: Sequence[str], cancelled: Asked = None) -> tuple[list[list[float]], int]:
+    def wished(self, wish: Wish) -> Wished:
+        """The engine on the devices that a request wishes for; see `Divisible` in hetero.py."""
+        return Wished(self, wish)
+
+    def embed(
+        self, texts: Sequence[str], cancelled: Asked = None, wish: Wish | None = None
+    ) -> tuple[list[list[float]], int]:
         self._wants(Task.EMBED, "make vectors")
         encoded = self._texts(texts, "input", cancelled)
         vectors: list[list[float]] = [[]] * len(encoded)
-        for rows, output, mask in self._computed(encoded, cancelled):
+        for rows, output, mask in self._computed(encoded, cancelled, wish):
             pooled = _pooled(output, mask, self._plan.pooling)
             norms = np.linalg.norm(pooled.astype(np.float64), axis=1, keepdims=True)
             if not norms.all():
@@ -117,7 +134,9 @@ class OnnxEngine:
                 vectors[row] = vector
         return vectors, _count(encoded)
 
-    def rerank(self, query: str, documents: Sequence[str], cancelled: Asked = None) -> tuple[list[float], int]:
+    def rerank(
+        self, query: str, documents: Sequence[str], cancelled: Asked = None, wish: Wish | None = None
+    ) -> tuple[list[float], int]:
         self._wants(Task.RERANK, "rank documents")
         _check_count(documents, "documents")
         tokenizer = self._tokenizer
@@ -139,17 +158,19 @@ class OnnxEngine:
             # What does not fit of a document is left out; the query always counts whole.
             encoded.append(tokenizer.pair(asked, self._tokens(document, f"documents[{index}]", room)[:room]))
         scores = [0.0] * len(encoded)
-        for rows, output, _mask in self._computed(encoded, cancelled):
+        for rows, output, _mask in self._computed(encoded, cancelled, wish):
             for row, score in zip(rows, _sigmoid(output[:, 0]).tolist(), strict=True):
                 scores[row] = score
         return scores, _count(encoded)
 
-    def classify(self, texts: Sequence[str], cancelled: Asked = None) -> tuple[list[list[tuple[str, float]]], int]:
+    def classify(
+        self, texts: Sequence[str], cancelled: Asked = None, wish: Wish | None = None
+    ) -> tuple[list[list[tuple[str, float]]], int]:
         self._wants(Task.CLASSIFY, "classify")
         plan = self._plan
         encoded = self._texts(texts, "input", cancelled)
         found: list[list[tuple[str, float]]] = [[]] * len(encoded)
-        for rows, output, _mask in self._computed(encoded, cancelled):
+        for rows, output, _mask in self._computed(encoded, cancelled, wish):
             if output.shape[1] != len(plan.labels):
                 raise InvalidModel(f"the model gives {output.shape[1]} values for {len(plan.labels)} labels")
             shares = _sigmoid(output) if plan.independent else _softmax(output)
@@ -173,11 +194,12 @@ class OnnxEngine:
         return EngineStats(running=self._running, waiting=self._waiting, sequences=1)
 
     def trim(self) -> int:
-        """Give the working memory of earlier batches back; bytes as the kernel counts them."""
+        """Give plans and the working memory of earlier batches back; bytes as the kernel counts them."""
         with self._turn:
             if self._session is None:
                 return 0
             before = _resident_bytes()
+            self._divided.drop()
             self._shrink = True
             self._run([self._tokenizer.single([])])
             return max(0, before - _resident_bytes())
@@ -186,6 +208,7 @@ class OnnxEngine:
         self._closed = True
         with self._turn:
             self._session = None
+        self._divided.close()
 
     def __enter__(self) -> OnnxEngine:
         return self
@@ -230,21 +253,25 @@ class OnnxEngine:
     # ---- batches
 
     def _computed(
-        self, encoded: Sequence[Encoded], cancelled: Asked
+        self, encoded: Sequence[Encoded], cancelled: Asked, wish: Wish | None = None
     ) -> Iterator[tuple[list[int], Floats, npt.NDArray[np.int64]]]:
         """(rows of `encoded`, the output for them, their mask), batch by batch."""
         with self._counting:
             self._waiting += 1
         try:
             for rows in batches([len(each.ids) for each in encoded], self._budget):
-                with self._turn:
+                _ask(cancelled)
+                # Before its turn: where a plan has to be made, others need not wait for that.
+                longest = max(len(encoded[row].ids) for row in rows)
+                lease = nullcontext() if wish is None else self._divided.lease(wish, len(rows), max(1, longest))
+                with lease as run, self._turn:
                     _ask(cancelled)
                     if self._session is None:
                         raise Cancelled("the model was closed")
                     with self._counting:
                         self._waiting, self._running = self._waiting - 1, self._running + 1
                     try:
-                        output, mask = self._run([encoded[row] for row in rows])
+                        output, mask = self._run([encoded[row] for row in rows], run)
                     finally:
                         with self._counting:
                             self._waiting, self._running = self._waiting + 1, self._running - 1
@@ -253,7 +280,13 @@ class OnnxEngine:
             with self._counting:
                 self._waiting -= 1
 
-    def _run(self, encoded: Sequence[Encoded]) -> tuple[Floats, npt.NDArray[np.int64]]:
+    def _run(
+        self, encoded: Sequence[Encoded], run: Callable[[Mapping[str, Any]], Floats] | None = None
+    ) -> tuple[Floats, npt.NDArray[np.int64]]:
+        """
+        Args:
+            run: what computes; default: the session.
+        """
         assert self._session is not None
         shape = len(encoded), max(1, max(len(each.ids) for each in encoded))
         ids = np.full(shape, self._tokenizer.pad(), np.int64)
@@ -264,8 +297,12 @@ class OnnxEngine:
             ids[row, :count], mask[row, :count], types[row, :count] = each.ids, 1, each.types
         values: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         values["position_ids"] = np.broadcast_to(np.arange(shape[1]), shape)
-        shrink, self._shrink = self._shrink, False
-        output = self._session.run({name: values[name] for name in self._names}, shrink=shrink)
+        given = {name: values[name] for name in self._names}
+        if run is not None:
+            output = run(given)
+        else:
+            shrink, self._shrink = self._shrink, False
+            output = self._session.run(given, shrink=shrink)
         self.steps += 1
         real = output if output.ndim == 2 else output[mask.astype(bool)]
         if not np.isfinite(real).all():
@@ -286,6 +323,23 @@ class OnnxEngine:
             raise InvalidModel(f"a model that ranks gives one value for a pair, not {output.shape[1]}")
         if self._plan.task is Task.CLASSIFY and output.shape[1] != len(self._plan.labels):
             raise InvalidModel(f"the model gives {output.shape[1]} values for {len(self._plan.labels)} labels")
+
+
+class Wished:
+    """An engine as one request wants it: `Reader` in hetero.py."""
+
+    def __init__(self, engine: OnnxEngine, wish: Wish) -> None:
+        self._engine = engine
+        self._wish = wish
+
+    def embed(self, texts: Sequence[str], cancelled: Asked = None) -> tuple[list[list[float]], int]:
+        return self._engine.embed(texts, cancelled, self._wish)
+
+    def rerank(self, query: str, documents: Sequence[str], cancelled: Asked = None) -> tuple[list[float], int]:
+        return self._engine.rerank(query, documents, cancelled, self._wish)
+
+    def classify(self, texts: Sequence[str], cancelled: Asked = None) -> tuple[list[list[tuple[str, float]]], int]:
+        return self._engine.classify(texts, cancelled, self._wish)
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -127,12 +127,17 @@ class Session:
             self._session.run_with_iobinding(binding, options)
             found: Array = binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
         rows, tokens = values["input_ids"].shape
-        shape = self._plan.output.shape
-        if found.ndim != len(shape) or found.shape[0] != rows or (found.ndim == 3 and found.shape[1] != tokens):
-            raise InvalidModel(f"the model answers {rows} texts of {tokens} tokens with a table of shape {found.shape}")
-        if shape[-1] is not None and found.shape[-1] != shape[-1]:
-            raise InvalidModel(f"the model's rows are {found.shape[-1]} wide, not {shape[-1]} as it says")
-        return found
+        return checked_output(found, rows, tokens, self._plan)
+
+
+def checked_output(found: Array, rows: int, tokens: int, plan: Plan) -> Array:
+    """The same table; raises InvalidModel: its shape is not that of an answer to so many texts."""
+    shape = plan.output.shape
+    if found.ndim != len(shape) or found.shape[0] != rows or (found.ndim == 3 and found.shape[1] != tokens):
+        raise InvalidModel(f"the model answers {rows} texts of {tokens} tokens with a table of shape {found.shape}")
+    if shape[-1] is not None and found.shape[-1] != shape[-1]:
+        raise InvalidModel(f"the model's rows are {found.shape[-1]} wide, not {shape[-1]} as it says")
+    return found
 
 
 @contextmanager
