@@ -268,8 +268,8 @@ def _wake_gently() -> None:
     """Have this thread, when somebody wakes it, not take the processor from them.
 
     Whoever submits has something left to do: to return, and to let go of the interpreter, which this thread waits for
-    first of all. Being interrupted for that costs both of them two changes of threads. With a processor to spare it starts
-    there and nothing changes.
+    first of all. Being interrupted for that costs both of them two changes of threads. With a processor to spare this
+    thread starts there and nothing changes.
     """
     with contextlib.suppress(OSError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:

@@ -7,13 +7,12 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from statistics import median
 
 from ai_assistant.errors import AIAssistantError, DeviceLost
 from ai_assistant.hal.graph import Array
 from ai_assistant.hal.hetero.executor import Executor, Run
 from ai_assistant.hal.hetero.intent import Objective
-from ai_assistant.hal.hetero.measure import TIMEOUT_S, sample
+from ai_assistant.hal.hetero.measure import TIMEOUT_S, sample, undisturbed
 from ai_assistant.hal.hetero.plans import Alternative, Plan
 
 _BUDGET_S = 4.0
@@ -22,7 +21,7 @@ _MAX_ROUNDS = 15
 
 
 def times(plans: Sequence[Plan], objective: Objective) -> list[float]:
-    """Median seconds of a request with each plan; for performance between results. Infinite where it cannot be run.
+    """Seconds of an undisturbed request with each plan; for performance between results. Infinite where it cannot run.
 
     Raises:
         DeviceLost
@@ -50,7 +49,7 @@ def times(plans: Sequence[Plan], objective: Objective) -> list[float]:
             for place, each in enumerate(executors):
                 if each is not None:
                     found[place].append(_once(each, inputs, objective))
-    return [median(each) if each else math.inf for each in found]
+    return [undisturbed(each) if each else math.inf for each in found]
 
 
 def _once(executor: Executor, inputs: Sequence[Array], objective: Objective) -> float:

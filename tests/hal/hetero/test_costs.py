@@ -16,7 +16,7 @@ from ai_assistant.hal.graph import NO_VALUE, Attribute, DType, Graph, Node, Tens
 from ai_assistant.hal.hetero.contract import Source
 from ai_assistant.hal.hetero.cost import ASSUMED_FLOPS_S, ASSUMED_LAUNCH_S, CostModel, between, signature
 from ai_assistant.hal.hetero.intent import parse
-from ai_assistant.hal.hetero.measure import SIZES, sample
+from ai_assistant.hal.hetero.measure import SIZES, sample, undisturbed
 from ai_assistant.hal.hetero.planner import plan
 from ai_assistant.hal.hetero.store import Store, key
 from ai_assistant.hal.hetero.work import Work, work
@@ -95,6 +95,14 @@ def test_transfers_between_the_measured_sizes() -> None:
     assert between(times, 2 * SIZES[2]) == pytest.approx(1e-3 + 9e-4 * SIZES[2] / (SIZES[2] - SIZES[1]))
     assert between([1e-3, 1e-4, 1e-5], 2 * SIZES[2]) == 1e-4  # noise never makes more bytes cheaper
     assert between([1e-5], 10 * SIZES[0]) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("times", "counts"),
+    [([5.0], 5.0), ([6.0, 5.0, 7.0], 5.0), ([9.0, 4.0, 90.0, 5.0, 70.0], 5.0), ([5.0, 80.0] * 10, 5.0)],
+)
+def test_what_else_the_machine_does_is_no_property_of_a_device(times: list[float], counts: float) -> None:
+    assert undisturbed(times) == counts
 
 
 def test_measured_times_replace_estimates_and_are_kept(tmp_path: Path) -> None:
