@@ -11,7 +11,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,16 +55,24 @@ class Machine:
     root: Path
     emulated: bool = False
 
-    def command(self, *command: str) -> list[str]:
-        """What this machine runs so that the other runs `command`."""
+    def command(self, *command: str, emulator: Sequence[str] = ()) -> list[str]:
+        """What this machine runs so that the other runs `command`.
+
+        Args:
+            emulator: options of the emulator, where there is one.
+        """
         # Without root, a user namespace lets the mounts be made.
         rights = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        emulator = [f"/{_EMULATOR}"] if self.emulated else []
+        emulation = [f"/{_EMULATOR}", *emulator] if self.emulated else []
         spaces = ["unshare", *rights, "--mount", "--net", "--propagation", "private"]
-        return [*spaces, "sh", "-c", _ENTER, "enter", str(self.root), *emulator, *command]
+        return [*spaces, "sh", "-c", _ENTER, "enter", str(self.root), *emulation, *command]
 
     def run(
-        self, *command: str, environment: Mapping[str, str] | None = None, timeout_s: float = 1800.0
+        self,
+        *command: str,
+        environment: Mapping[str, str] | None = None,
+        emulator: Sequence[str] = (),
+        timeout_s: float = 1800.0,
     ) -> _children.Done:
         """Run a program, given by its whole path, in an environment with nothing of ours but what is given.
 
@@ -73,7 +81,7 @@ class Machine:
             Timeout
         """
         clean = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", **(environment or {})}
-        done = _children.run(self.command(*command), environment=clean, timeout_s=timeout_s)
+        done = _children.run(self.command(*command, emulator=emulator), environment=clean, timeout_s=timeout_s)
         if done.status and done.error.startswith(("unshare:", "mount:")):
             raise NotSupported(
                 f"another root cannot be entered here: {done.error.strip()[:200]}",

@@ -12,7 +12,7 @@ network. arm64 runs in QEMU's user mode (amd64 too, on an arm64 machine), whose 
 | every device answers there, as that kind of processor, by itself and when it is chosen | the devices asked |
 | every score is within 1e-5 + 1e-4 of it everywhere | the first machine's first answer |
 | from nothing to the first answer in a quarter of an hour | the goal itself |
-| `--native`: the example backend in C, compiled for each, too; its code has vector instructions | one |
+| `--native`: the example backend in C, compiled for each, too; its code has vector instructions, and they run | one |
 
 Every run unpacks and starts anew. Packages are downloaded once and kept, with the time that it took; `--fresh`
 downloads again. Bytes and seconds of every step are in build/bench-portability.json.
@@ -124,6 +124,11 @@ def live(
     for device in DEVICES + ((EXAMPLE,) if library else ()):
         note(f"{architecture}: {device}")
         story.answers.append(ask(machine, device))
+    if library is not None and machine.emulated:
+        note(f"{architecture}: {EXAMPLE}, written down by the emulator")
+        story.executed = _cross.executed(
+            machine, _APPLICATION, _MODEL, _PICTURE, environment={"HETERO_COMPUTE": EXAMPLE}
+        )
     story.digests = digests(folder, originals)
     return story
 

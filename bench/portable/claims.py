@@ -48,6 +48,7 @@ class Story:
         seconds: of each step; `index` and `packages` are of that time, the others of this run.
         digests: place → SHA-256, and how many are those of the originals.
         vectors: vector instructions in the example in C, None where it was not compiled.
+        executed: those of them that ran, None where no emulator has written it down.
     """
 
     architecture: str
@@ -60,6 +61,7 @@ class Story:
     same: int = 0
     answers: list[Answer] = field(default_factory=list)
     vectors: int | None = None
+    executed: int | None = None
 
     @property
     def total_s(self) -> float:
@@ -99,6 +101,8 @@ def claims(stories: Sequence[Story], originals: int) -> list[Row]:
             rows.append(
                 at_least(f"{name}: {INSTRUCTIONS[name]} in the example in C", [story.vectors], [1])
             )  # fmt: skip
+        if story.executed is not None:
+            rows.append(at_least(f"{name}: those of them that ran", [story.executed], [1]))
         emulated = ", emulated" if story.emulated else ""
         rows.append(limit(f"{name}{emulated}: nothing to first answer", story.total_s, MOST_S, "s"))
     return rows

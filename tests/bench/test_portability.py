@@ -8,7 +8,7 @@ import json
 import platform
 import shutil
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def broken(stories: list[Story], capsys: pytest.CaptureFixture[str]) -> list[str
 
 def test_every_claim_holds_for_equal_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert broken([story(), story("arm64")], capsys) == []
-    assert broken([story("arm64", vectors=7)], capsys) == []
+    assert broken([story("arm64", vectors=7, executed=3)], capsys) == []
     # Nothing is compared with itself.
     assert len(claims([story()], originals=4)) == 5
 
@@ -91,6 +91,7 @@ def test_every_claim_holds_for_equal_answers(capsys: pytest.CaptureFixture[str])
         ({"same": 3}, "arm64: files and folders with the same bytes as here"),
         ({"seconds": {"index": MOST_S, "answer": 1.0}}, "arm64, emulated: nothing to first answer"),
         ({"vectors": 0}, "arm64: NEON's fmla on four floats in the example in C"),
+        ({"vectors": 9, "executed": 0}, "arm64: those of them that ran"),
     ],
 )
 def test_a_machine_that_differs_breaks_its_claim(
@@ -137,7 +138,13 @@ class Fake(Machine):
     said: Done
     scores: Any = SCORES
 
-    def run(self, *command: str, environment: Mapping[str, str] | None = None, timeout_s: float = 0.0) -> Done:
+    def run(
+        self,
+        *command: str,
+        environment: Mapping[str, str] | None = None,
+        emulator: Sequence[str] = (),
+        timeout_s: float = 0.0,
+    ) -> Done:
         assert command[0].startswith("/")
         assert set(environment or ()) <= {"HETERO_COMPUTE"}
         if self.scores is not None:
@@ -192,6 +199,41 @@ def test_the_emulator_is_named_in_the_command(tmp_path: Path) -> None:
     assert emulated[-4:] == [str(tmp_path), "/.emulator", "/usr/bin/python3", "x y.py"]
     assert "--net" in emulated
     assert Machine("amd64", tmp_path).command("/bin/true")[-2:] == [str(tmp_path), "/bin/true"]
+
+
+def test_the_emulators_options_are_its_own(tmp_path: Path) -> None:
+    emulated = Machine("arm64", tmp_path, emulated=True).command("/bin/true", emulator=("-d", "in_asm"))
+    assert emulated[-4:] == ["/.emulator", "-d", "in_asm", "/bin/true"]
+    assert Machine("amd64", tmp_path).command("/bin/true", emulator=("-d", "in_asm"))[-1] == "/bin/true"
+
+
+def test_vector_instructions_are_counted_and_scalar_ones_are_not() -> None:
+    assert _cross.count("arm64", "  1a0:\tfmla\tv0.4s, v1.4s, v2.s[0]\n  1a4:\tfmadd\ts0, s1, s2, s3\n") == 1
+    assert _cross.count("arm64", "  1a0:\tfmla\tv0.2d, v1.2d, v2.2d\nfmla v0.4s\n") == 0
+    assert _cross.count("amd64", "  10:\tvfmadd231ps %ymm0,%ymm1,%ymm2\n  20:\tvfmadd231ss %xmm0,%xmm1,%xmm2\n") == 1
+
+
+LOG = [
+    "IN: \n",
+    "0x00001000:  4e22cc20  fmla     v0.4s, v1.4s, v2.4s\n",
+    "0x00001000:  4e22cc20  fmla     v0.4s, v1.4s, v2.4s\n",
+    "0x00001004:  1f020c20  fmadd    s0, s1, s2, s3\n",
+    "0x00001ffc:  4e22cc20  fmla     v0.4s, v1.4s, v2.4s\n",
+    "0x00002000:  4e22cc20  fmla     v0.4s, v1.4s, v2.4s\n",
+    "0x00000ffc:  4e22cc20  fmla     v0.4s, v1.4s, v2.4s\n",
+    "\ufffd 0x\n",
+]
+
+
+def test_only_instructions_of_the_library_count_each_once() -> None:
+    maps = (
+        f"00001000-00002000 r-xp 00000000 fe:00 7   {_cross.LIBRARY}\n"
+        f"00002000-00003000 r--p 00001000 fe:00 7   {_cross.LIBRARY}\n"
+        "00000000-00001000 r-xp 00000000 fe:00 8   /usr/lib/other.so\n"
+    )
+    assert _cross.addresses("arm64", LOG, maps) == 2
+    assert _cross.addresses("arm64", LOG, "") == 0
+    assert _cross.addresses("amd64", LOG, maps) == 0
 
 
 def test_a_root_that_cannot_be_entered_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
