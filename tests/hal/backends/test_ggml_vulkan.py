@@ -162,6 +162,29 @@ def test_a_vulkan_device_computes_what_numpy_does() -> None:
 
 
 @pytest.mark.engine
+def test_a_vulkan_device_is_bronze() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ai_assistant",
+        "hal",
+        "certify",
+        "ggml",
+        "--device",
+        "Vulkan0",
+        "--level",
+        "bronze",
+    ]
+    done = subprocess.run(
+        [*command, "--json"], env={**os.environ, **_LAVAPIPE}, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["level"] == "bronze"
+    assert "Vulkan" in json.dumps(report)
+
+
+@pytest.mark.engine
 def test_lavapipe_is_no_gpu_of_the_product_and_nothing_is_loaded_for_it() -> None:
     said = _ask(variables={})
     if vulkan.reachable():
