@@ -26,7 +26,7 @@ from ai_assistant.errors import NotSupported
 from ai_assistant.hal.graph import Array, DType, Graph, Node, TensorSpec
 from ai_assistant.hal.operators import Support
 
-CONTRACT_VERSION = (1, 0)
+CONTRACT_VERSION = (1, 1)
 """Major: incompatible. Minor: something was added at the end."""
 
 
@@ -201,6 +201,16 @@ class Event(ABC):
             Timeout: it has not, in that time.
             DeviceLost, BackendFailed, …: what it failed of.
         """
+
+    def fileno(self) -> int:
+        """A descriptor that is readable once it has ended, well or not: for `select`, `asyncio` and other loops.
+
+        It is the event's: open as long as that is referred to, and nobody reads from it. Since 1.1.
+
+        Raises:
+            NotSupported: this backend has none.
+        """
+        raise NotSupported("this backend's events have no descriptor", hint="wait for them, or call a function")
 
 
 class Program(ABC):

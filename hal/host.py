@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from ai_assistant.errors import AIAssistantError, BackendFailed, InvalidArgument, NotSupported, OutOfMemory, Timeout
+from ai_assistant.errors import (
+    AIAssistantError,
+    BackendFailed,
+    Busy,
+    InvalidArgument,
+    NotSupported,
+    OutOfMemory,
+    Timeout,
+)
 from ai_assistant.hal.contract import (
     Allocator,
     AllocatorStatistics,
@@ -163,11 +171,23 @@ class HostProgram(Program):
         """Compute; the tensors were checked. Raises one of the product's errors."""
 
 
+_DESCRIPTORS = threading.Lock()
+"""So that no event gets two."""
+
+
+def _descriptor() -> int:
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError as error:
+        raise Busy(f"no descriptor can be had: {error.strerror}") from error
+
+
 class HostEvent(Event):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
         self._done = False
+        self._fd = -1
         self.error: AIAssistantError | None = None
 
     @property
@@ -178,6 +198,21 @@ class HostEvent(Event):
         self.error = error
         self._done = True
         self._lock.release()
+        if self._fd >= 0:
+            os.eventfd_write(self._fd, 1)
+
+    def fileno(self) -> int:
+        with _DESCRIPTORS:
+            if self._fd < 0:
+                self._fd = _descriptor()
+        if self._done:
+            # Perhaps `finish` came by before there was a descriptor; that both say so does no harm.
+            os.eventfd_write(self._fd, 1)
+        return self._fd
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def wait(self, timeout_s: float | None = None) -> None:
         if not self._done:

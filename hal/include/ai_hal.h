@@ -1,6 +1,6 @@
 /**
  * @file ai_hal.h
- * @brief The contract between AI Assistant OS and the backend of a device, as a C ABI. Version 1.0.
+ * @brief The contract between AI Assistant OS and the backend of a device, as a C ABI. Version 1.1.
  *
  * A backend is a shared library that exports one function, ai_hal_get_api(). It needs nothing but this header: no
  * library of ours, no protocol buffers. docs/hal-c-abi.md is the specification, examples/vendor-c a whole backend.
@@ -38,7 +38,7 @@ extern "C" {
 #endif
 
 #define AI_HAL_MAJOR 1u
-#define AI_HAL_MINOR 0u
+#define AI_HAL_MINOR 1u
 #define AI_HAL_MAX_STRING 4096u   /**< Longest string, bytes, its zero included. */
 #define AI_HAL_MAX_RANK 32u       /**< No tensor has more dimensions. */
 #define AI_HAL_REASON_SIZE 256u   /**< Room for a reason, bytes, its zero included. */
@@ -100,7 +100,7 @@ typedef struct ai_hal_event ai_hal_event;     /**< The end of something that was
 
 /**
  * A link in the chain at `next` of an argument: something that only some hosts and libraries know. Unknown types are
- * passed over. Types below 0x80000000 are given out by this header (1.0 has none), the others are the vendors' own.
+ * passed over. Types below 0x80000000 are given out by this header (there are none yet), the others are the vendors' own.
  */
 typedef struct ai_hal_extension {
     uint32_t size;
@@ -428,6 +428,10 @@ typedef struct ai_hal_api {
                                   ai_hal_error **error);
     /** Optional. What the device draws now, in watts. */
     ai_hal_status (*power)(ai_hal_context *context, double *watts, ai_hal_error **error);
+
+    /** Optional, since 1.1. A descriptor for poll(), epoll or io_uring that is readable once the event has ended, well or
+     * not, and stays so. The host closes it, reads nothing from it, and may give the event back before. */
+    ai_hal_status (*event_fd)(ai_hal_event *event, int32_t *fd, ai_hal_error **error);
 } ai_hal_api;
 
 /**

@@ -18,11 +18,14 @@
 #define AI_HAL_HOST_H
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <semaphore.h>
 #include <stdatomic.h>
+#include <sys/eventfd.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "ai_hal_util.h"
 
@@ -188,6 +191,7 @@ struct ai_hal_event {
     atomic_uint references; /**< Of the host, its queue, and events that wait for it. */
     atomic_uint done;
     atomic_int processor; /**< On which its queue was last seen. */
+    atomic_int fd;        /**< Readable once it is done; -1: nobody asked for it. */
     sem_t ended;
     ai_hal_outcome outcome; /**< Once it is done. */
     ai_hal_event *next;     /**< In its queue. */
@@ -240,6 +244,7 @@ static inline ai_hal_event *ai_hal_event_new(size_t tensors) {
     ai_hal_event *event = calloc(1, sizeof *event + tensors * sizeof *event->tensors);
     if (!event) return NULL;
     atomic_init(&event->references, 1);
+    atomic_init(&event->fd, -1);
     sem_init(&event->ended, 0, 0);
     return event;
 }
@@ -248,6 +253,7 @@ static inline void ai_hal_host_event_destroy(ai_hal_event *event) {
     while (event && atomic_fetch_sub(&event->references, 1) == 1) {
         ai_hal_event *after = event->after;
         if (event->program) event->release(event->program);
+        if (atomic_load(&event->fd) >= 0) close(atomic_load(&event->fd));
         sem_destroy(&event->ended);
         free(event);
         event = after;
@@ -265,6 +271,19 @@ static inline ai_hal_status ai_hal_host_event_wait(ai_hal_event *event, int64_t 
     }
     if (!event->outcome.status) return AI_HAL_OK;
     return ai_hal_fail(error, event->outcome.status, NULL, "%s", event->outcome.message);
+}
+
+static inline ai_hal_status ai_hal_host_event_fd(ai_hal_event *event, int32_t *fd, ai_hal_error **error) {
+    AI_HAL_NEED(event);
+    AI_HAL_NEED(fd);
+    int none = -1, made = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (made >= 0 && !atomic_compare_exchange_strong(&event->fd, &none, made)) close(made); /* There is one already. */
+    /* Perhaps it ended before there was one; that both say so does no harm. */
+    if (made >= 0 && atomic_load(&event->done)) eventfd_write(atomic_load(&event->fd), 1);
+    int copy = made >= 0 ? fcntl(atomic_load(&event->fd), F_DUPFD_CLOEXEC, 0) : -1;
+    if (copy < 0) return ai_hal_fail(error, AI_HAL_BUSY, NULL, "no descriptor can be had: %s", strerror(errno));
+    *fd = copy;
+    return AI_HAL_OK;
 }
 
 /** A queue with a thread that runs `serve(queue)`. */
@@ -319,6 +338,7 @@ static inline ai_hal_status ai_hal_queue_push(ai_hal_queue *queue, ai_hal_event 
 static inline void ai_hal_event_end(ai_hal_event *event) {
     atomic_store(&event->done, 1);
     sem_post(&event->ended);
+    if (atomic_load(&event->fd) >= 0) eventfd_write(atomic_load(&event->fd), 1);
     ai_hal_host_event_destroy(event); /* The queue's reference. */
 }
 

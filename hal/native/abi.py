@@ -21,7 +21,7 @@ from typing import Any
 
 from ai_assistant.hal.graph import DType
 
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 MAX_STRING = 4096
 MAX_RANK = 32
 REASON_SIZE = 256
@@ -286,6 +286,8 @@ FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("program_serialize", c_int32, (_P, _P, _P, _P)),
     ("program_load", c_int32, (_P, _P, _N, _P, _P)),
     ("power", c_int32, (_P, POINTER(c_double), _P)),
+    # Since 1.1.
+    ("event_fd", c_int32, (_P, POINTER(c_int32), _P)),
 )
 """The table's functions in order: name, result, arguments. Every pointer to a pointer is passed as an address."""
 OPTIONAL = "map"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from ctypes import addressof
+from ctypes import addressof, byref
 from typing import Any, ClassVar
 
 from ai_assistant.errors import AIAssistantError, BackendFailed, InvalidArgument, Timeout
@@ -25,16 +26,31 @@ SLICE_S = 0.5
 """How long the library is waited in at once, so that Ctrl-C is heard."""
 
 
+_DESCRIPTORS = threading.Lock()
+"""So that no event asks for two."""
+_STANDARD = 2
+"""The last of those that are everybody's, and would be closed."""
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
 class Ended:
     """An event of the library, given back when nobody refers to it."""
 
-    __slots__ = ("_destroy", "_query", "handle", "opened", "over")
+    __slots__ = ("_destroy", "_query", "fd", "handle", "opened", "over")
 
     def __init__(self, opened: Opened, handle: int) -> None:
         library = opened.library
         self.opened = opened
         self.handle = handle
         self.over = False
+        self.fd = -1
         self._query = library.function("event_query")
         self._destroy = library.function("event_destroy")
         opened.hold(self)
@@ -45,8 +61,21 @@ class Ended:
             self.over = self._query(self.handle) == 1
         return self.over
 
+    def descriptor(self) -> int:
+        """Raises NotSupported, BackendFailed, …"""
+        with _DESCRIPTORS:
+            if self.fd < 0:
+                library, found = self.opened.library, ctypes.c_int32(-1)
+                library.call("event_fd", self.handle, byref(found))
+                if found.value <= _STANDARD or not _is_open(found.value):
+                    raise BackendFailed(f"{library.name} gave {found.value} as a descriptor")
+                self.fd = found.value
+            return self.fd
+
     def __del__(self) -> None:
         self._destroy(self.handle)
+        if self.fd >= 0:
+            os.close(self.fd)
         self.opened.release(self)
 
 
@@ -172,6 +201,9 @@ class NativeEvent(Event):
     @property
     def done(self) -> bool:
         return self.ended.done
+
+    def fileno(self) -> int:
+        return self.ended.descriptor()
 
     def wait(self, timeout_s: float | None = None) -> None:
         running, ended = self._running, self.ended

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
-from ai_assistant.errors import BackendFailed, InvalidArgument, InvalidModel, NotSupported, OutOfMemory, Timeout
+from ai_assistant.errors import BackendFailed, Busy, InvalidArgument, InvalidModel, NotSupported, OutOfMemory, Timeout
 from ai_assistant.hal.contract import Tensor
 from ai_assistant.hal.graph import DType, Graph, Node, TensorSpec, Value
 from ai_assistant.hal.host import HostAllocator, HostProgram, HostQueue
@@ -213,3 +214,37 @@ def test_a_thread_that_may_not_change_how_it_is_scheduled_works(
     monkeypatch.setattr(os, "sched_setscheduler", refused)
     queue.callback(lambda: None).wait(30)
     queue.synchronize(30)
+
+
+def test_a_descriptor_is_readable_once_the_event_has_ended(queue: HostQueue) -> None:
+    gate = threading.Event()
+
+    def hold() -> None:
+        gate.wait(30)
+
+    queue.callback(hold)
+    held = queue.record()
+    assert held.fileno() == held.fileno()
+    assert select.select([held], [], [], 0)[0] == []
+    gate.set()
+    assert select.select([held], [], [], 30)[0] == [held]
+    queue.synchronize(30)
+    over = queue.record()
+    over.wait(30)
+    assert select.select([held, over], [], [], 0)[0] == [held, over]
+    number = held.fileno()
+    del held
+    gc.collect()
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(number)
+
+
+def test_where_there_are_no_descriptors_the_event_works(queue: HostQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    event = queue.record()
+    monkeypatch.setattr(os, "eventfd", refused)
+    with pytest.raises(Busy, match="Too many"):
+        event.fileno()
+    event.wait(30)

@@ -385,7 +385,7 @@ static const ai_hal_api API = {
     .queue_callback = ai_hal_host_callback, .queue_synchronize = ai_hal_host_synchronize,
     .queue_destroy = ai_hal_host_queue_destroy, .event_query = ai_hal_host_event_query,
     .event_wait = ai_hal_host_event_wait, .event_destroy = ai_hal_host_event_destroy, .map = ai_hal_host_map,
-    .import_memory = ai_hal_host_import,
+    .import_memory = ai_hal_host_import, .event_fd = ai_hal_host_event_fd,
 };
 
 const ai_hal_api *ai_hal_get_api(uint32_t major) { return major == AI_HAL_MAJOR ? &API : NULL; }

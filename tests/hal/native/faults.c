@@ -133,6 +133,14 @@ static ai_hal_status power(ai_hal_context *context, double *watts, ai_hal_error 
     return AI_HAL_OK;
 }
 
+static ai_hal_status bad_fd(ai_hal_event *event, int32_t *fd, ai_hal_error **error) {
+    if (is("fd_negative")) return *fd = -7, AI_HAL_OK;
+    if (is("fd_closed")) return *fd = 1 << 20, AI_HAL_OK;
+    if (is("fd_standard")) return *fd = 1, AI_HAL_OK;
+    if (is("fd_none")) return AI_HAL_OK;
+    return ai_hal_host_event_fd(event, fd, error);
+}
+
 AI_HAL_EXPORT const ai_hal_api *ai_hal_get_api(uint32_t major);
 const ai_hal_api *ai_hal_get_api(uint32_t major) {
     static struct { ai_hal_api api; void *later[16]; } table;
@@ -141,7 +149,7 @@ const ai_hal_api *ai_hal_get_api(uint32_t major) {
     *api = *get_good_api(major);
     api->error_free = never_free, api->probe = bad_probe, api->open = bad_open, api->capabilities = bad_capabilities;
     api->statistics = bad_statistics, api->node_supported = bad_support, api->program_info = bad_info;
-    api->queue_submit = bad_submit, api->queue_callback = bad_callback, api->map = bad_map;
+    api->queue_submit = bad_submit, api->queue_callback = bad_callback, api->map = bad_map, api->event_fd = bad_fd;
     if (is("dynamic") || is("dynamic_lying")) api->program_output_dims = output_dims;
     if (is("keeps") || is("keeps_lying")) api->program_serialize = serialize, api->program_load = load;
     if (is("power") || is("power_nan")) api->power = power;
@@ -158,5 +166,6 @@ const ai_hal_api *ai_hal_get_api(uint32_t major) {
     if (is("null_version")) api->version = NULL;
     if (is("newer")) api->minor = 7, api->size = sizeof table;
     if (is("older")) api->size = offsetof(ai_hal_api, map);
+    if (is("version_1_0")) api->minor = 0, api->size = offsetof(ai_hal_api, event_fd);
     return api;
 }

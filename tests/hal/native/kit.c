@@ -4,6 +4,8 @@
 #include "ai_hal_host.h"
 #include "ai_hal_onnx.h"
 
+#include <poll.h>
+
 #define EXPECT(condition) do { if (!(condition)) { fprintf(stderr, "line %d: %s\n", __LINE__, #condition); exit(1); } } while (0)
 
 struct ai_hal_context { ai_hal_host_memory memory; };
@@ -89,6 +91,11 @@ static ai_hal_status held(void *user) {
     return AI_HAL_OK;
 }
 
+static int readable(int fd, int timeout_ms) {
+    struct pollfd waited = {fd, POLLIN, 0};
+    return poll(&waited, 1, timeout_ms) == 1 && waited.revents == POLLIN;
+}
+
 static void queues(void) {
     struct ai_hal_context context;
     struct ai_hal_program program = {100};
@@ -107,11 +114,18 @@ static void queues(void) {
     EXPECT(ai_hal_host_event_wait(event, 0, NULL) == AI_HAL_TIMEOUT);
     EXPECT(ai_hal_host_event_wait(event, 50000, NULL) == AI_HAL_TIMEOUT); /* Longer than a thread looks for it. */
     for (int i = 0; i < 4; i++) pthread_create(&threads[i], NULL, wait_for, event);
+    int32_t fds[3];
+    EXPECT(ai_hal_host_event_fd(event, &fds[0], NULL) == AI_HAL_OK && ai_hal_host_event_fd(event, &fds[1], NULL) == AI_HAL_OK);
+    EXPECT(!readable(fds[0], 0) && !readable(fds[1], 0) && fds[0] != fds[1]);
     pthread_mutex_unlock(&gate);
+    EXPECT(readable(fds[0], 10000) && readable(fds[1], 10000));
     for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
     ai_hal_host_queue_destroy(queue);
+    EXPECT(ai_hal_host_event_fd(event, &fds[2], NULL) == AI_HAL_OK && readable(fds[2], 0));
+    EXPECT(ai_hal_host_event_fd(NULL, fds, NULL) == AI_HAL_INVALID_ARGUMENT);
     EXPECT(ai_hal_host_event_query(event) == 1 && ai_hal_host_event_wait(event, 0, NULL) == AI_HAL_OK);
     ai_hal_host_event_destroy(event);
+    for (int i = 0; i < 3; i++) EXPECT(readable(fds[i], 0) && !close(fds[i])); /* They are the host's. */
     EXPECT(atomic_load(&program.references) == 0);
 }
 

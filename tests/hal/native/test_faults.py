@@ -36,7 +36,7 @@ def works(device: Context) -> None:
     assert device.allocator.download(made).tolist() == [0, 2, 0, 4]
 
 
-@pytest.mark.parametrize("fault", ["none", "newer", "older", "power", "keeps"])
+@pytest.mark.parametrize("fault", ["none", "newer", "older", "version_1_0", "power", "keeps"])
 def test_other_minor_versions_and_optional_functions_work(faulty: Load, fault: str) -> None:
     with faulty(fault).open() as device:
         works(device)
@@ -208,3 +208,21 @@ def test_files_that_are_no_backend(tmp_path: Path) -> None:
     source.write_text("int other(void) { return 1; }\n")
     with pytest.raises(NotSupported, match="ai_hal_get_api"):
         NativeBackend(build.library(tmp_path, "other", [source], "-Wno-missing-prototypes"))
+
+
+@pytest.mark.parametrize("fault", ["fd_negative", "fd_closed", "fd_standard", "fd_none"])
+def test_a_descriptor_that_is_none_is_refused(faulty: Load, fault: str) -> None:
+    with faulty(fault).open() as device:
+        event = device.queue().record()
+        with pytest.raises(BackendFailed, match="as a descriptor"):
+            event.fileno()
+        event.wait(30)
+
+
+@pytest.mark.parametrize("fault", ["older", "version_1_0"])
+def test_a_library_from_before_descriptors_has_none(faulty: Load, fault: str) -> None:
+    with faulty(fault).open() as device:
+        event = device.queue().record()
+        with pytest.raises(NotSupported, match="no event_fd"):
+            event.fileno()
+        event.wait(30)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import select
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from ai_assistant.errors import BackendFailed, InvalidArgument, NotSupported, OutOfMemory, Timeout
-from ai_assistant.hal.contract import Context, Program, Tensor
+from ai_assistant.hal.contract import Context, Event, Program, Tensor
 from ai_assistant.hal.graph import Array, Attribute, DType, Graph, Node, TensorSpec, Value
 from ai_assistant.hal.host import HostQueue
 from ai_assistant.hal.native import NativeBackend, abi
@@ -198,6 +199,37 @@ def test_events_hold_across_queues_and_time_out(example: NativeBackend) -> None:
         held.wait(30)
         host.close()
         late.close()
+
+
+def _readable(*events: Event) -> list[bool]:
+    ready = select.select(events, [], [], 0)[0]
+    return [each in ready for each in events]
+
+
+def test_a_descriptor_is_readable_once_the_event_has_ended(example: NativeBackend) -> None:
+    def broken() -> None:
+        raise OutOfMemory("made to fail")
+
+    with example.open() as device:
+        queue, gate = device.queue(), Gate()
+        queue.callback(gate)
+        held, last = queue.record(), queue.callback(broken)
+        assert held.fileno() == held.fileno() != last.fileno()
+        assert _readable(held, last) == [False, False]
+        gate.opened.set()
+        assert select.select([held], [], [], 30)[0] == [held]
+        assert select.select([last], [], [], 30)[0] == [last]
+        over = queue.record()
+        with pytest.raises(OutOfMemory):
+            over.wait(30)
+        queue.close()
+        assert _readable(held, last, over) == [True, True, True]
+        number = held.fileno()
+        os.fstat(number)
+        del held
+        gc.collect()
+        with pytest.raises(OSError, match="descriptor"):
+            os.fstat(number)
 
 
 def test_a_callback_that_raises_fails_the_queue_until_that_was_told(example: NativeBackend) -> None:
