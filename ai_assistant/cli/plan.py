@@ -9,6 +9,8 @@ import typer
 
 from ai_assistant.cli.options import Debug, Json, usage_error
 from ai_assistant.cli.output import Output, size
+from ai_assistant.cli.plan_gguf import is_gguf
+from ai_assistant.cli.plan_gguf import show as show_gguf
 
 if TYPE_CHECKING:
     from ai_assistant.hal.hetero.devices import OpenDevices
@@ -21,7 +23,7 @@ MAX_BYTES = (2 << 30) - 1
 
 def plan(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file.", show_default=False)],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX or GGUF file.", show_default=False)],
     devices: Annotated[
         str, typer.Option("--devices", "-d", metavar="NAME,…", help="BACKEND or BACKEND:DEVICE; default: all.")
     ] = "",
@@ -41,12 +43,19 @@ def plan(
         bool, typer.Option("--measure", "-m", help="Measure operators, and try the best plans. Takes seconds.")
     ] = False,
     dot: Annotated[bool, typer.Option("--dot", help="Print a drawing for Graphviz.")] = False,
+    context_length: Annotated[
+        int, typer.Option("--context", "-c", min=0, max=1 << 24, help="Of a GGUF model: tokens per sequence.")
+    ] = 0,
+    sequences: Annotated[
+        int, typer.Option("--sequences", min=0, max=64, help="Of a GGUF model: generations at once.")
+    ] = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show how a model would be divided among the devices of this machine. Nothing else is changed.
 
-    Times are measured where they were measured before (--measure), and estimated otherwise.
+    Of an ONNX graph, operators; of a language model in GGUF, layers. Times are measured where they were measured before
+    (--measure), and estimated otherwise.
 
     \b
     Examples:
@@ -54,6 +63,7 @@ def plan(
       ai-assistant plan model.onnx --shape input_ids=1,128 --measure
       ai-assistant plan model.onnx --devices cpu,onnxruntime --intent performance --json
       ai-assistant plan model.onnx --dot | dot -Tsvg > plan.svg
+      ai-assistant plan model.gguf --measure
     """
     out: Output = context.obj
     if dot and out.json:
@@ -61,6 +71,13 @@ def plan(
     wish = _intent(intent, devices)
     shapes = {name: _sizes(value) for name, value in map(_pair, shape or ())}
     limits = {name: _count(value) for name, value in map(_pair, memory or ())}
+    if is_gguf(model):
+        if dot or shapes:
+            raise usage_error("--dot and --shape are for ONNX models")
+        show_gguf(out, model, wish, limits, measure=measure, context_length=context_length, sequences=sequences)
+        return
+    if context_length or sequences:
+        raise usage_error("--context and --sequences are for GGUF models")
     content = _content(model)
 
     from ai_assistant.hal import onnx_graph

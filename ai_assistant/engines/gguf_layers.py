@@ -38,9 +38,8 @@ def sizes_of(model: Gguf, shape: MemoryShape, options: LoadOptions) -> ModelSize
     caches, share = _caches(model, shape, options, count), _share(model, count)
     layers = tuple(_layer(by_layer[place], share, options, caches[place]) for place in range(count))
     tied = model.tensors.get(_EMBEDDING) if not any(each.name == "output.weight" for each in outside) else None
-    output = _layer(
-        [*outside, *([tied] if tied is not None else [])], 0, options, 0 if tied is None else tied.size_bytes
-    )
+    ending = outside if tied is None else [*outside, tied]
+    output = _layer(ending, share, options, host_has_bytes=0 if tied is None else tied.size_bytes)
     whole = memory.estimate(shape, options)
     placed = sum(each.weights_bytes - each.host_has_bytes for each in (*layers, output))
     rows = memory.output_rows(shape, options)

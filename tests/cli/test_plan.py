@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Cli
+from tests.support import gguf_writer
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,11 @@ def model(tmp_path: Path) -> Path:
     path = tmp_path / "branches.onnx"
     path.write_bytes(onnx_graph.write(branches(2, 2, 32, 8)))
     return path
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    return gguf_writer.write_llama(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(
@@ -95,3 +101,68 @@ def test_what_is_refused(cli: Cli, model: Path, tmp_path: Path) -> None:
         bad.write_bytes(damaged)
         result = cli("plan", str(bad), "--json")
         assert (result.status, result.error["name"]) in {(1, "InvalidModel"), (1, "NotSupported")}
+
+
+@pytest.mark.parametrize("options", [("--dot",), ("--shape", "x=1"), ("--memory", "npu=5")])
+@pytest.mark.engine
+def test_options_that_are_not_for_language_models(cli: Cli, gguf: Path, options: tuple[str, ...]) -> None:
+    result = cli("plan", str(gguf), *options, "--json")
+    assert (result.status, result.error["name"]) == (2, "Usage")
+
+
+def test_options_that_are_for_language_models_only(cli: Cli, tmp_path: Path) -> None:
+    for option in ("--context", "--sequences"):
+        assert cli("plan", str(tmp_path / "any.onnx"), option, "4", "--json").error["name"] == "Usage"
+
+
+def test_damaged_language_models(cli: Cli, gguf: Path, tmp_path: Path) -> None:
+    content = gguf.read_bytes()
+    for cut in (4, 20, 500):
+        bad = tmp_path / "bad.gguf"
+        bad.write_bytes(content[:cut])
+        assert cli("plan", str(bad), "--json").error["name"] == "InvalidModel"
+
+
+@pytest.mark.engine
+def test_a_language_model(cli: Cli, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ai_assistant.engines import native
+
+    monkeypatch.setattr(native, "devices", dict)
+    assumed = cli("plan", str(gguf))
+    assert assumed.status == 0, assumed.err
+    assert "there is no other device" in assumed.out
+    assert "--measure finds out" in assumed.err
+    found = cli("plan", str(gguf), "--measure", "--context", "256", "--sequences", "2", "--json").json
+    assert (found["name"], found["context_length"], found["sequences"]) == ("cpu alone", 256, 2)
+    assert found["parts"] == [{"device": "cpu", "layers": 3}]
+    assert 0 < found["prefill_s"] < found["decode_s"]
+    (processor,) = found["devices"]
+    assert processor["speed_known"]
+    # What was measured is kept.
+    again = cli("plan", str(gguf), "--json").json
+    assert again["devices"][0]["bytes_s"] == processor["bytes_s"] > 0
+    less = cli("plan", str(gguf), "--memory", "cpu=1000", "--json").json
+    assert "has 1000" in less["refused"]
+    assert cli("plan", str(gguf), "--devices", "ggml:Gone", "--json").error["name"] == "InvalidArgument"
+
+
+@pytest.mark.engine
+def test_a_language_model_on_two_devices(cli: Cli, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ai_assistant.engines import placing
+    from ai_assistant.engines.split_cost import SplitDevice
+
+    host = SplitDevice(name="cpu", free_bytes=1 << 33, flops_s=1e11, bytes_s=1e10, shares_host=True)
+    small = SplitDevice(
+        name="ggml:V", free_bytes=6_000_000, flops_s=1e13, bytes_s=1e12, launch_s=1e-6, copy_bytes_s=1e11
+    )
+    monkeypatch.setattr(placing, "look", lambda *_, **__: (host, [small], {"ggml:W": "it burns"}))
+    options = ("--memory", "ggml:V=6000000", "--context", "256", "--sequences", "1")
+    shown = cli("plan", str(gguf), *options)
+    assert shown.status == 0, shown.err
+    assert "cpu + ggml:V" in shown.out
+    assert "ggml:W is left out: it burns" in shown.err
+    found = cli("plan", str(gguf), *options, "--json").json
+    assert [each["device"] for each in found["parts"]] == ["cpu", "ggml:V"]
+    assert sum(each["layers"] for each in found["parts"]) == 3
+    assert found["memory_bytes"]["ggml:V"] <= 6_000_000
+    assert found["missing"] == {"ggml:W": "it burns"}
