@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ai_assistant import _wire
+from ai_assistant._results import Ranked, Results, ranked
 from ai_assistant._streams import AsyncTextStream, TextStream
-from ai_assistant._transport import check_folder, open_model_file
+from ai_assistant._transport import check_folder, hetero_compute, open_model_file
 from ai_assistant.engines.contract import Engine, Event, GenerateRequest, Generation, LoadOptions
+from ai_assistant.engines.hetero import Divisible, Wish, honour, reader, told
 from ai_assistant.engines.usage import seeded, together
 from ai_assistant.errors import NotSupported
 
@@ -39,8 +41,42 @@ def load(path: str | os.PathLike[str], options: Mapping[str, Any]) -> Engine:
     return engine
 
 
+class _Told:
+    """A generation whose end says which devices it ran on."""
+
+    def __init__(self, generation: Generation, wish: Wish) -> None:
+        self._generation = generation
+        self._wish = wish
+        self.cancel = generation.cancel
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        return told(next(self._generation), self._wish)
+
+
+def begun(engine: Engine, request: GenerateRequest) -> Generation:
+    """A generation; raises NotSupported: its model is not on the devices that the request names."""
+    wish = Wish.of(request.hetero_compute)
+    if wish is None:
+        return engine.generate(request)
+    honour(engine, wish)
+    return _Told(engine.generate(request), wish)
+
+
+def wish_of(engine: Engine, *given: str | None) -> Wish | None:
+    """What a request that reads texts wishes for.
+
+    Args:
+        given: its own, and that of all requests, which like the environment's only counts where it can: a language
+            model has been loaded accordingly.
+    """
+    return Wish.of(hetero_compute(*given) if isinstance(engine, Divisible) else given[0])
+
+
 def stream(engine: Engine, request: GenerateRequest, name: str) -> TextStream:
-    generation = engine.generate(request)
+    generation = begun(engine, request)
     return TextStream(generation, generation.cancel, name)
 
 
@@ -49,7 +85,7 @@ def several(engine: Engine, request: GenerateRequest, n: int) -> list[_wire.Answ
     generations: list[Generation] = []
     try:
         for each in seeded(request, n):
-            generations.append(engine.generate(each))
+            generations.append(begun(engine, each))
         found = [_wire.answer(list(each)) for each in generations]
     except BaseException:
         for each_generation in generations:
@@ -59,8 +95,31 @@ def several(engine: Engine, request: GenerateRequest, n: int) -> list[_wire.Answ
     return [replace(each, end=replace(each.end, usage=usage)) for each in found]
 
 
+def embed(engine: Engine, texts: Sequence[str], *wishes: str | None) -> Results[list[float]]:
+    """As the method of `InferenceEngine`.
+
+    Args:
+        wishes: as for `wish_of`.
+    """
+    wish = wish_of(engine, *wishes)
+    return Results(reader(engine, wish).embed(texts)[0], wish.devices if wish is not None else ())
+
+
+def rerank(
+    engine: Engine, query: str, documents: Sequence[str], top_n: int | None, *wishes: str | None
+) -> Results[Ranked]:
+    wish = wish_of(engine, *wishes)
+    scores = reader(engine, wish).rerank(query, list(documents))[0]
+    return Results(ranked(scores, top_n), wish.devices if wish is not None else ())
+
+
+def classify(engine: Engine, texts: Sequence[str], *wishes: str | None) -> Results[list[tuple[str, float]]]:
+    wish = wish_of(engine, *wishes)
+    return Results(reader(engine, wish).classify(list(texts))[0], wish.devices if wish is not None else ())
+
+
 async def async_stream(engine: Engine, request: GenerateRequest, name: str) -> AsyncTextStream:
-    generation = await asyncio.to_thread(engine.generate, request)
+    generation = await asyncio.to_thread(begun, engine, request)
     return AsyncTextStream(_pumped(generation), generation.cancel, name)
 
 
@@ -97,6 +156,6 @@ async def _pumped(generation: Generation) -> AsyncGenerator[Event]:
         generation.cancel()
 
 
-def load_options(given: Mapping[str, Any]) -> dict[str, int]:
+def load_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """The load options that were really given: zero means "choose", so it need not be said."""
     return {key: value for key, value in given.items() if value}

@@ -87,11 +87,13 @@ class Manager:
         job: str = (await (await self.bus()).call("PullModel", "ssa{sv}", source, name, values))[0]
         return job
 
-    async def open_model(self, fd: int, name: str, context_length: int) -> str:
+    async def open_model(self, fd: int, name: str, context_length: int, hetero_compute: str | None = None) -> str:
         """The name of a transient model; it lives as long as this connection."""
         options = {"name": Variant("s", slug(name))} if name else {}
         if context_length:
             options["context_length"] = Variant("u", context_length)
+        if hetero_compute is not None:
+            options["hetero_compute"] = Variant("s", hetero_compute)
         bus = await self.bus()
         _, given = await bus.call("OpenModel", "ha{sv}", 0, options, fds=[fd], timeout_s=_CHECK_TIMEOUT_S)
         return str(given)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, TypeVar
 
 from ai_assistant.engines.contract import FinishReason, TokenLogprob, ToolCall, Usage
 from ai_assistant.errors import AIAssistantError, Cancelled, from_name
@@ -40,6 +40,7 @@ class GenerateParams(TypedDict, total=False):
     logprobs: int
     regex: str
     keep_alive: float | str
+    hetero_compute: str
 
 
 class Completion(str):
@@ -99,6 +100,17 @@ class Message:
                 for index, c in enumerate(self.tool_calls)
             ]
         return out
+
+
+T = TypeVar("T")
+
+
+class Results(list[T]):
+    """A list that also says which devices made it, where that was asked by `hetero_compute`; see docs/hetero.md."""
+
+    def __init__(self, values: Iterable[T], devices: Sequence[str] = ()) -> None:
+        super().__init__(values)
+        self.devices = tuple(devices)
 
 
 @dataclass(frozen=True, slots=True)

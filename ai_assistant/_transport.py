@@ -20,6 +20,7 @@ from ai_assistant.errors import (
 )
 
 SOCKET_ENV = "AI_ASSISTANT_SOCKET"
+HETERO_ENV = "HETERO_COMPUTE"
 DEFAULT_SOCKET = "/run/ai-assistant/api.sock"
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -32,6 +33,22 @@ GROUP_HINT = "ask an administrator to add you to the group ai-assistant, then lo
 
 def socket_path(given: str | os.PathLike[str] | None = None) -> str:
     return os.fspath(given) if given is not None else os.environ.get(SOCKET_ENV) or DEFAULT_SOCKET
+
+
+def hetero_compute(*given: str | None) -> str | None:
+    """What a request says of devices: the first that is given, else what the environment says; None: nothing.
+
+    Raises:
+        InvalidArgument: it is not understood.
+    """
+    found = next((each for each in given if each is not None), None)
+    if found is None:
+        found = os.environ.get(HETERO_ENV) or None
+    if found is not None:
+        from ai_assistant.hal.hetero.intent import parse
+
+        parse(found)
+    return found
 
 
 def connect_failed(error: Exception, path: str) -> AIAssistantError:

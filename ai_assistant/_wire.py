@@ -31,7 +31,12 @@ _VERSIONS = "do the SDK and the appliance have the same version? See ai-assistan
 
 
 def generation(
-    model: str, request: GenerateRequest, *, n: int = 1, keep_alive: float | str | None = None
+    model: str,
+    request: GenerateRequest,
+    *,
+    n: int = 1,
+    keep_alive: float | str | None = None,
+    hetero_compute: str | None = None,
 ) -> tuple[str, bytes]:
     """The target and the body of the streamed request that `request` becomes."""
     given = request.to_dict()
@@ -41,6 +46,8 @@ def generation(
         body["n"] = n
     if keep_alive is not None:
         body["keep_alive"] = keep_alive
+    if hetero_compute is not None:
+        body["hetero_compute"] = hetero_compute
     if request.stop:
         body["stop"] = list(request.stop)
     chat = request.messages is not None
@@ -219,6 +226,7 @@ def usage_from(values: Mapping[str, Any]) -> Usage:
         prefill_s=values.get("prefill_s") or 0.0,
         decode_s=values.get("decode_s") or 0.0,
         energy_j=values.get("energy_j"),
+        devices=tuple(map(str, values.get("devices") or ())),
     )
 
 
@@ -264,6 +272,13 @@ def ranks_from(body: Any) -> list[Ranked]:
         return [Ranked(int(each["index"]), float(each["relevance_score"])) for each in body["results"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InternalError(_FOREIGN, hint=_VERSIONS) from error
+
+
+def devices_from(body: Any) -> tuple[str, ...]:
+    """Where an answer was computed, if it says so."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    found = usage.get("devices") if isinstance(usage, dict) else None
+    return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 def member(body: Any, name: str) -> Any:

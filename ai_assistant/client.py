@@ -23,11 +23,12 @@ from ai_assistant._results import (
     Message,
     Model,
     Ranked,
+    Results,
     SelfTestResult,
     default_model,
 )
 from ai_assistant._streams import AsyncTextStream, TextStream
-from ai_assistant._transport import DEFAULT_TIMEOUT_S, socket_path
+from ai_assistant._transport import DEFAULT_TIMEOUT_S, hetero_compute, socket_path
 from ai_assistant.engines.contract import GenerateRequest
 from ai_assistant.errors import InvalidArgument, NoSuchModel, Timeout
 from ai_assistant.hal.device import Device
@@ -95,10 +96,14 @@ def message_of(answers: Sequence[_wire.Answer], model: str) -> Message:
     return replace(made[0], choices=tuple(made))
 
 
-def embed_body(model: str, texts: Sequence[str]) -> dict[str, Any]:
+def embed_body(model: str, texts: Sequence[str], wish: str | None = None) -> dict[str, Any]:
     if isinstance(texts, str) or not all(isinstance(each, str) for each in texts):
         raise InvalidArgument("texts must be a list of strings", param="texts")
-    return {"model": model, "input": list(texts), "encoding_format": "float"}
+    return {"model": model, "input": list(texts), "encoding_format": "float", **_wished(wish)}
+
+
+def _wished(wish: str | None) -> dict[str, str]:
+    return {} if wish is None else {"hetero_compute": wish}
 
 
 def served_default(rows: Any) -> str:
@@ -167,6 +172,8 @@ class Client:
         socket: the API socket; default is $AI_ASSISTANT_SOCKET or /run/ai-assistant/api.sock.
         bus_address: the bus; default is the system bus ($DBUS_SYSTEM_BUS_ADDRESS).
         timeout: seconds of silence from the API after which a request fails with `Timeout`.
+        hetero_compute: devices that may share the work, see docs/hetero.md; default: $HETERO_COMPUTE. A request's own
+            goes before it.
     """
 
     def __init__(
@@ -175,7 +182,9 @@ class Client:
         socket: str | os.PathLike[str] | None = None,
         bus_address: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT_S,
+        hetero_compute: str | None = None,
     ) -> None:
+        self._hetero = hetero_compute
         self._socket = socket_path(socket)
         self._timeout = timeout
         self._bus_address = bus_address
@@ -256,15 +265,16 @@ class Client:
         options = {"token": token, "endpoint": endpoint, "sha256": sha256}
         return Job(self, self._run("pull_model", source, name, options))
 
-    def open_model(self, fd: int, *, name: str = "", context_length: int = 0) -> str:
+    def open_model(self, fd: int, *, name: str = "", context_length: int = 0, hetero_compute: str | None = None) -> str:
         """Serve an open file as a transient model, without a copy, until this client is closed.
 
         Args:
             fd: open for reading; it may be closed afterwards.
             name: what the given name begins with.
             context_length: tokens per sequence; 0: chosen by the model and the memory.
+            hetero_compute: devices that may have layers of a language model; default: as for requests, or the daemon's.
         """
-        return str(self._run("open_model", fd, name, context_length))
+        return str(self._run("open_model", fd, name, context_length, self._wish(hetero_compute)))
 
     def load(self, name: str) -> Job:
         """Load now, instead of at the first request."""
@@ -324,7 +334,8 @@ class Client:
     ) -> TextStream:
         """Start a generation that is already a request."""
         name = model or self.default_model()
-        target, body = _wire.generation(name, request, keep_alive=keep_alive)
+        wish = hetero_compute(request.hetero_compute, self._hetero)
+        target, body = _wire.generation(name, request, keep_alive=keep_alive, hetero_compute=wish)
         exchange = _http.Exchange(self._socket, "POST", target, body, self._timeout)
         return TextStream(_http.events(exchange), exchange.close, name)
 
@@ -334,7 +345,8 @@ class Client:
         """`n` answers to a request, and the model that gave them."""
         check_n(n)
         name = model or self.default_model()
-        target, body = _wire.generation(name, request, n=n, keep_alive=keep_alive)
+        wish = hetero_compute(request.hetero_compute, self._hetero)
+        target, body = _wire.generation(name, request, n=n, keep_alive=keep_alive, hetero_compute=wish)
         exchange = _http.Exchange(self._socket, "POST", target, body, self._timeout)
         decoder = _wire.ChoicesDecoder(n)
         for _ in _http.events(exchange, decoder):
@@ -366,23 +378,43 @@ class Client:
         with self.start(request, model=model, keep_alive=keep) as stream:
             return stream.message()
 
-    def embed(self, texts: Sequence[str], *, model: str | None = None) -> list[list[float]]:
-        """A vector of length 1 for each text, in their order."""
-        body = embed_body(model or self.default_model(), texts)
-        answer = _http.call(self._socket, "POST", "/v1/embeddings", body, timeout=self._timeout)
-        return _wire.vectors_from(_wire.load(answer))[0]
+    def embed(
+        self, texts: Sequence[str], *, model: str | None = None, hetero_compute: str | None = None
+    ) -> Results[list[float]]:
+        """A vector of length 1 for each text, in their order.
+
+        Args:
+            hetero_compute: devices that may share the work, see docs/hetero.md; `devices` of the list are those used.
+        """
+        wish = self._wish(hetero_compute)
+        body = self.post("/v1/embeddings", embed_body(model or self.default_model(), texts, wish))
+        return Results(_wire.vectors_from(body)[0], _wire.devices_from(body))
 
     def rerank(
-        self, query: str, documents: Sequence[str], *, model: str | None = None, top_n: int | None = None
-    ) -> list[Ranked]:
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str | None = None,
+        top_n: int | None = None,
+        hetero_compute: str | None = None,
+    ) -> Results[Ranked]:
         """The documents that answer the query best, best first; raises `NotSupported` for models that cannot."""
-        body = {"model": model or self.default_model(), "query": query, "documents": list(documents), "top_n": top_n}
-        return _wire.ranks_from(self.post("/v1/rerank", body))
+        wish = _wished(self._wish(hetero_compute))
+        asked = {"model": model or self.default_model(), "query": query, "documents": list(documents), "top_n": top_n}
+        body = self.post("/v1/rerank", asked | wish)
+        return Results(_wire.ranks_from(body), _wire.devices_from(body))
 
-    def classify(self, texts: Sequence[str], *, model: str | None = None) -> list[list[tuple[str, float]]]:
+    def classify(
+        self, texts: Sequence[str], *, model: str | None = None, hetero_compute: str | None = None
+    ) -> Results[list[tuple[str, float]]]:
         """For each text its labels with their probabilities, likeliest first."""
-        body = {"model": model or self.default_model(), "input": list(texts)}
-        return _wire.labels_from(self.post("/v1/classify", body))
+        wish = _wished(self._wish(hetero_compute))
+        body = self.post("/v1/classify", {"model": model or self.default_model(), "input": list(texts), **wish})
+        return Results(_wire.labels_from(body), _wire.devices_from(body))
+
+    def _wish(self, given: str | None) -> str | None:
+        return hetero_compute(given, self._hetero)
 
     def tokenize(self, text: str, *, model: str | None = None) -> list[int]:
         body = {"model": model or self.default_model(), "content": text}
@@ -429,7 +461,9 @@ class AsyncClient:
         socket: str | os.PathLike[str] | None = None,
         bus_address: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT_S,
+        hetero_compute: str | None = None,
     ) -> None:
+        self._hetero = hetero_compute
         self._socket = socket_path(socket)
         self._timeout = timeout
         self._bus_address = bus_address
@@ -481,8 +515,10 @@ class AsyncClient:
         options = {"token": token, "endpoint": endpoint, "sha256": sha256}
         return AsyncJob(self._manager, await self._manager.pull_model(source, name, options))
 
-    async def open_model(self, fd: int, *, name: str = "", context_length: int = 0) -> str:
-        return await self._manager.open_model(fd, name, context_length)
+    async def open_model(
+        self, fd: int, *, name: str = "", context_length: int = 0, hetero_compute: str | None = None
+    ) -> str:
+        return await self._manager.open_model(fd, name, context_length, self._wish(hetero_compute))
 
     async def load(self, name: str) -> AsyncJob:
         return AsyncJob(self._manager, await self._manager.load(name))
@@ -535,7 +571,8 @@ class AsyncClient:
         from ai_assistant import _ahttp
 
         name = model or await self.default_model()
-        target, body = _wire.generation(name, request, keep_alive=keep_alive)
+        wish = hetero_compute(request.hetero_compute, self._hetero)
+        target, body = _wire.generation(name, request, keep_alive=keep_alive, hetero_compute=wish)
         exchange = await _ahttp.Exchange.start(self._socket, "POST", target, body, self._timeout)
         return AsyncTextStream(_ahttp.events(exchange), exchange.close, name)
 
@@ -547,7 +584,8 @@ class AsyncClient:
 
         check_n(n)
         name = model or await self.default_model()
-        target, body = _wire.generation(name, request, n=n, keep_alive=keep_alive)
+        wish = hetero_compute(request.hetero_compute, self._hetero)
+        target, body = _wire.generation(name, request, n=n, keep_alive=keep_alive, hetero_compute=wish)
         exchange = await _ahttp.Exchange.start(self._socket, "POST", target, body, self._timeout)
         decoder = _wire.ChoicesDecoder(n)
         async for _ in _ahttp.events(exchange, decoder):
@@ -578,26 +616,41 @@ class AsyncClient:
         async with await self.start(request, model=model, keep_alive=keep) as stream:
             return await stream.message()
 
-    async def embed(self, texts: Sequence[str], *, model: str | None = None) -> list[list[float]]:
-        body = embed_body(model or await self.default_model(), texts)
-        return _wire.vectors_from(_wire.load(await self._call("POST", "/v1/embeddings", body)))[0]
+    async def embed(
+        self, texts: Sequence[str], *, model: str | None = None, hetero_compute: str | None = None
+    ) -> Results[list[float]]:
+        wish = self._wish(hetero_compute)
+        body = await self.post("/v1/embeddings", embed_body(model or await self.default_model(), texts, wish))
+        return Results(_wire.vectors_from(body)[0], _wire.devices_from(body))
 
     async def rerank(
-        self, query: str, documents: Sequence[str], *, model: str | None = None, top_n: int | None = None
-    ) -> list[Ranked]:
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str | None = None,
+        top_n: int | None = None,
+        hetero_compute: str | None = None,
+    ) -> Results[Ranked]:
         """The documents that answer the query best, best first; raises `NotSupported` for models that cannot."""
-        body = {
-            "model": model or await self.default_model(),
-            "query": query,
-            "documents": list(documents),
-            "top_n": top_n,
-        }
-        return _wire.ranks_from(_wire.load(await self._call("POST", "/v1/rerank", body)))
+        wish = _wished(self._wish(hetero_compute))
+        name = model or await self.default_model()
+        asked = {"model": name, "query": query, "documents": list(documents), "top_n": top_n}
+        body = await self.post("/v1/rerank", asked | wish)
+        return Results(_wire.ranks_from(body), _wire.devices_from(body))
 
-    async def classify(self, texts: Sequence[str], *, model: str | None = None) -> list[list[tuple[str, float]]]:
+    async def classify(
+        self, texts: Sequence[str], *, model: str | None = None, hetero_compute: str | None = None
+    ) -> Results[list[tuple[str, float]]]:
         """For each text its labels with their probabilities, likeliest first."""
-        body = {"model": model or await self.default_model(), "input": list(texts)}
-        return _wire.labels_from(_wire.load(await self._call("POST", "/v1/classify", body)))
+        wish = _wished(self._wish(hetero_compute))
+        body = await self.post(
+            "/v1/classify", {"model": model or await self.default_model(), "input": list(texts), **wish}
+        )
+        return Results(_wire.labels_from(body), _wire.devices_from(body))
+
+    def _wish(self, given: str | None) -> str | None:
+        return hetero_compute(given, self._hetero)
 
     async def tokenize(self, text: str, *, model: str | None = None) -> list[int]:
         body = {"model": model or await self.default_model(), "content": text}

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, Self, Unpack
 
 from ai_assistant import _local, _wire
-from ai_assistant._results import Completion, GenerateParams, Message, Ranked, ranked
+from ai_assistant._results import Completion, GenerateParams, Message, Ranked, Results
 from ai_assistant._streams import AsyncTextStream, TextStream
 from ai_assistant._transport import DEFAULT_TIMEOUT_S, START_HINT, open_model_file
+from ai_assistant._transport import hetero_compute as chosen
 from ai_assistant.client import (
     AsyncClient,
     Client,
@@ -97,6 +98,8 @@ class InferenceEngine:
         memory_limit_bytes: of an engine in this process; 0: chosen by the machine.
         backend: "daemon" or "in-process" instead of choosing by what is there.
         timeout: seconds of silence from the daemon after which a request fails.
+        hetero_compute: devices that may share the work, see docs/hetero.md; default: $HETERO_COMPUTE. A request's own
+            goes before it, and a language model is loaded accordingly where it comes from a model_path.
     Raises:
         NoSuchModel, InvalidModel, NotAuthorized: the file is missing, no model, or unreadable.
         ServiceUnavailable: a model by name, but no daemon.
@@ -114,17 +117,20 @@ class InferenceEngine:
         memory_limit_bytes: int = 0,
         backend: Wanted = "auto",
         timeout: float | None = DEFAULT_TIMEOUT_S,
+        hetero_compute: str | None = None,
     ) -> None:
         self._client: Client | None = None
         self._engine: Engine | None = None
         self._backend: Backend = "daemon"
         _checked(model, model_path, context_length, backend)
+        self._hetero = hetero_compute
         options = _local.load_options(
             {
                 "context_length": context_length,
                 "sequences": sequences,
                 "threads": threads,
                 "memory_limit_bytes": memory_limit_bytes,
+                "hetero_compute": chosen(hetero_compute),
             }
         )
         if model_path is None:
@@ -137,7 +143,7 @@ class InferenceEngine:
             self._name = self._engine.info.name or Path(model_path).name
 
     def _connect(self, model: str | None, timeout: float | None) -> str:
-        self._client = client = Client(timeout=timeout)
+        self._client = client = Client(timeout=timeout, hetero_compute=self._hetero)
         try:
             return _served(model, client.served_models())
         except ServiceUnavailable as error:
@@ -149,7 +155,7 @@ class InferenceEngine:
 
     def _hand_over(self, path: str | os.PathLike[str], context_length: int, timeout: float | None) -> str:
         fd = open_model_file(path)
-        self._client = client = Client(timeout=timeout)
+        self._client = client = Client(timeout=timeout, hetero_compute=self._hetero)
         try:
             return client.open_model(fd, name=Path(path).stem, context_length=context_length)
         except NotAuthorized as error:
@@ -220,33 +226,39 @@ class InferenceEngine:
         with self._start(request, keep) as stream:
             return stream.message()
 
-    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+    def embed(self, texts: Sequence[str], *, hetero_compute: str | None = None) -> Results[list[float]]:
         """A vector of length 1 for each text, in their order.
 
+        Args:
+            hetero_compute: devices that may share the work, see docs/hetero.md; `devices` of the list are those used.
+
         Raises:
-            NotSupported: this model gives no embeddings.
+            NotSupported: this model gives no embeddings, or not on these devices.
         """
         if self._engine is not None:
-            return self._engine.embed(embed_body(self._name, texts)["input"])[0]
+            body = embed_body(self._name, texts)
+            return _local.embed(self._engine, body["input"], hetero_compute, self._hetero)
         if self._client is None:
             raise InvalidArgument(_CLOSED)
-        return self._client.embed(texts, model=self._name)
+        return self._client.embed(texts, model=self._name, hetero_compute=hetero_compute)
 
-    def rerank(self, query: str, documents: Sequence[str], *, top_n: int | None = None) -> list[Ranked]:
+    def rerank(
+        self, query: str, documents: Sequence[str], *, top_n: int | None = None, hetero_compute: str | None = None
+    ) -> Results[Ranked]:
         """The documents that answer the query best, best first; raises `NotSupported` for models that cannot."""
         if self._engine is not None:
-            return ranked(self._engine.rerank(query, list(documents))[0], top_n)
+            return _local.rerank(self._engine, query, documents, top_n, hetero_compute, self._hetero)
         if self._client is None:
             raise InvalidArgument(_CLOSED)
-        return self._client.rerank(query, documents, top_n=top_n, model=self._name)
+        return self._client.rerank(query, documents, top_n=top_n, model=self._name, hetero_compute=hetero_compute)
 
-    def classify(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
+    def classify(self, texts: Sequence[str], *, hetero_compute: str | None = None) -> Results[list[tuple[str, float]]]:
         """For each text its labels with their probabilities, likeliest first."""
         if self._engine is not None:
-            return self._engine.classify(list(texts))[0]
+            return _local.classify(self._engine, texts, hetero_compute, self._hetero)
         if self._client is None:
             raise InvalidArgument(_CLOSED)
-        return self._client.classify(texts, model=self._name)
+        return self._client.classify(texts, model=self._name, hetero_compute=hetero_compute)
 
     def tokenize(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -309,8 +321,10 @@ class AsyncInferenceEngine:
         memory_limit_bytes: int = 0,
         backend: Wanted = "auto",
         timeout: float | None = DEFAULT_TIMEOUT_S,
+        hetero_compute: str | None = None,
     ) -> None:
         _checked(model, model_path, context_length, backend)
+        self._hetero = hetero_compute
         self._wanted: Wanted = backend
         self._path = model_path
         self._name = model or ""
@@ -322,6 +336,7 @@ class AsyncInferenceEngine:
                 "sequences": sequences,
                 "threads": threads,
                 "memory_limit_bytes": memory_limit_bytes,
+                "hetero_compute": chosen(hetero_compute),
             }
         )
         self._client: AsyncClient | None = None
@@ -336,7 +351,7 @@ class AsyncInferenceEngine:
                 raise InvalidArgument(_CLOSED)
             if self._client is not None or self._engine is not None:
                 return self
-            client = AsyncClient(timeout=self._timeout)
+            client = AsyncClient(timeout=self._timeout, hetero_compute=self._hetero)
             try:
                 if self._path is None:
                     self._name = await self._connect(client)
@@ -419,30 +434,35 @@ class AsyncInferenceEngine:
         async with await self._start(request, keep) as stream:
             return await stream.message()
 
-    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+    async def embed(self, texts: Sequence[str], *, hetero_compute: str | None = None) -> Results[list[float]]:
         """A vector of length 1 for each text, in their order."""
         body = embed_body(self._name, texts)
         await self.open()
         if self._engine is not None:
-            return (await asyncio.to_thread(self._engine.embed, body["input"]))[0]
+            return await asyncio.to_thread(_local.embed, self._engine, body["input"], hetero_compute, self._hetero)
         assert self._client is not None
-        return await self._client.embed(texts, model=self._name)
+        return await self._client.embed(texts, model=self._name, hetero_compute=hetero_compute)
 
-    async def rerank(self, query: str, documents: Sequence[str], *, top_n: int | None = None) -> list[Ranked]:
+    async def rerank(
+        self, query: str, documents: Sequence[str], *, top_n: int | None = None, hetero_compute: str | None = None
+    ) -> Results[Ranked]:
         """The documents that answer the query best, best first; raises `NotSupported` for models that cannot."""
         await self.open()
         if self._engine is not None:
-            return ranked((await asyncio.to_thread(self._engine.rerank, query, list(documents)))[0], top_n)
+            wishes = hetero_compute, self._hetero
+            return await asyncio.to_thread(_local.rerank, self._engine, query, documents, top_n, *wishes)
         assert self._client is not None
-        return await self._client.rerank(query, documents, top_n=top_n, model=self._name)
+        return await self._client.rerank(query, documents, top_n=top_n, model=self._name, hetero_compute=hetero_compute)
 
-    async def classify(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
+    async def classify(
+        self, texts: Sequence[str], *, hetero_compute: str | None = None
+    ) -> Results[list[tuple[str, float]]]:
         """For each text its labels with their probabilities, likeliest first."""
         await self.open()
         if self._engine is not None:
-            return (await asyncio.to_thread(self._engine.classify, list(texts)))[0]
+            return await asyncio.to_thread(_local.classify, self._engine, texts, hetero_compute, self._hetero)
         assert self._client is not None
-        return await self._client.classify(texts, model=self._name)
+        return await self._client.classify(texts, model=self._name, hetero_compute=hetero_compute)
 
     async def tokenize(self, text: str) -> list[int]:
         """The tokens of a text."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from ai_assistant.daemon.metrics import Metrics
 from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest
+from ai_assistant.engines.hetero import Wish
 from ai_assistant.engines.memory import MemoryEstimate
 
 caller: ContextVar[int | None] = ContextVar("caller", default=None)
@@ -127,11 +128,24 @@ class Service(Protocol):
         """
 
     async def embed(
-        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
-    ) -> tuple[list[list[float]], int]: ...
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None, wish: Wish | None = None
+    ) -> tuple[list[list[float]], int]:
+        """Vectors of length 1, and the number of tokens read.
+
+        Args:
+            wish: for devices; it is told which ones it were.
+
+        Raises:
+            NotSupported: the model makes no vectors, or not on these devices.
+        """
 
     async def rerank(
-        self, name: str, query: str, documents: Sequence[str], keep_alive_s: float | None = None
+        self,
+        name: str,
+        query: str,
+        documents: Sequence[str],
+        keep_alive_s: float | None = None,
+        wish: Wish | None = None,
     ) -> tuple[list[float], int]:
         """A score from 0 to 1 for each document, higher is better, and the number of tokens read.
 
@@ -140,7 +154,7 @@ class Service(Protocol):
         """
 
     async def classify(
-        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None, wish: Wish | None = None
     ) -> tuple[list[list[tuple[str, float]]], int]:
         """For each text its labels with their probabilities, likeliest first; and the number of tokens read.
 

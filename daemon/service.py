@@ -34,6 +34,7 @@ from ai_assistant.engines.contract import (
     LoadOptions,
     ModelInfo,
 )
+from ai_assistant.engines.hetero import Wish
 from ai_assistant.engines.memory import MemoryEstimate
 from ai_assistant.errors import (
     AIAssistantError,
@@ -136,26 +137,31 @@ class DaemonService:
             self._end()
 
     async def embed(
-        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None, wish: Wish | None = None
     ) -> tuple[list[list[float]], int]:
         async with self._counted(name, keep_alive_s) as worker:
-            vectors, tokens = await worker.embed(texts)
+            vectors, tokens = await worker.embed(texts, wish)
         self._read(name, tokens)
         return vectors, tokens
 
     async def rerank(
-        self, name: str, query: str, documents: Sequence[str], keep_alive_s: float | None = None
+        self,
+        name: str,
+        query: str,
+        documents: Sequence[str],
+        keep_alive_s: float | None = None,
+        wish: Wish | None = None,
     ) -> tuple[list[float], int]:
         async with self._counted(name, keep_alive_s) as worker:
-            scores, tokens = await worker.rerank(query, documents)
+            scores, tokens = await worker.rerank(query, documents, wish)
         self._read(name, tokens)
         return scores, tokens
 
     async def classify(
-        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None, wish: Wish | None = None
     ) -> tuple[list[list[tuple[str, float]]], int]:
         async with self._counted(name, keep_alive_s) as worker:
-            labels, tokens = await worker.classify(texts)
+            labels, tokens = await worker.classify(texts, wish)
         self._read(name, tokens)
         return labels, tokens
 

@@ -10,6 +10,7 @@ from typing import Protocol
 from ai_assistant.daemon.contract import ModelState
 from ai_assistant.daemon.registry import Entry
 from ai_assistant.engines.contract import EngineStats, Event, GenerateRequest, LoadOptions, ModelInfo, Placement
+from ai_assistant.engines.hetero import Wish
 
 _LEAST_LOAD_S = 0.01
 
@@ -33,11 +34,15 @@ class Worker(Protocol):
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event]: ...
 
-    async def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]: ...
+    async def embed(self, texts: Sequence[str], wish: Wish | None = None) -> tuple[list[list[float]], int]: ...
 
-    async def rerank(self, query: str, documents: Sequence[str]) -> tuple[list[float], int]: ...
+    async def rerank(
+        self, query: str, documents: Sequence[str], wish: Wish | None = None
+    ) -> tuple[list[float], int]: ...
 
-    async def classify(self, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]: ...
+    async def classify(
+        self, texts: Sequence[str], wish: Wish | None = None
+    ) -> tuple[list[list[tuple[str, float]]], int]: ...
 
     async def tokenize(self, text: str) -> list[int]: ...
 

@@ -8,7 +8,7 @@ import typer
 
 from ai_assistant.cli.options import Debug, Json, complete_model
 from ai_assistant.cli.output import Output
-from ai_assistant.cli.run import MaxTokens, Seed, Stats, System, Temperature, given
+from ai_assistant.cli.run import Hetero, MaxTokens, Seed, Stats, System, Temperature, given
 
 
 def chat(
@@ -21,6 +21,7 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    hetero_compute: Hetero = None,
     stats: Stats = False,
     json: Json = False,
     debug: Debug = False,
@@ -42,5 +43,5 @@ def chat(
 
     out: Output = context.obj
     params = given(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with InferenceEngine(model or None) as engine:
+    with InferenceEngine(model or None, hetero_compute=hetero_compute) as engine:
         Conversation(engine, out, params, system=system, stats=stats).loop()

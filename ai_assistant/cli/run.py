@@ -19,6 +19,14 @@ Temperature = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before TEXT; repeatable.")]
+Hetero = Annotated[
+    str | None,
+    typer.Option(
+        "--hetero-compute",
+        metavar="WISH",
+        help="Devices that may share the work: ON, OFF, …; default: $HETERO_COMPUTE.",
+    ),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Say on stderr what each answer cost.")]
 
 
@@ -38,6 +46,7 @@ def run(
         Path | None, typer.Option("--schema", metavar="FILE", help="A JSON schema that the answer must match.")
     ] = None,
     context_length: Annotated[int, typer.Option("--context", min=0, help="Context of a model FILE, in tokens.")] = 0,
+    hetero_compute: Hetero = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
     stats: Stats = False,
     json: Json = False,
@@ -74,6 +83,8 @@ def run(
         if "model" in where:
             raise usage_error("--context is for a model FILE; the daemon's own models follow its configuration")
         where["context_length"] = context_length
+    if hetero_compute is not None:
+        where["hetero_compute"] = hetero_compute
     with InferenceEngine(**where) as engine:
         conversation = Conversation(engine, out, params, system=system, raw=raw, stats=stats)
         if prompt is None:

@@ -56,6 +56,8 @@ def described(usage: Usage) -> str:
     speed = f" ({usage.completion_tokens / usage.decode_s:.1f}/s)" if usage.decode_s > 0 else ""
     parts.append(f"{usage.completion_tokens} written in {usage.decode_s:.2f} s{speed}")
     parts.append("energy not measured" if usage.energy_j is None else f"{usage.energy_j:.1f} J")
+    if usage.devices:
+        parts.append(f"on {', '.join(usage.devices)}")
     return ", ".join(parts)
 
 

@@ -79,6 +79,8 @@ class GenerateRequest:
     """Generate until max_tokens whatever the model says; for measurements."""
     logprobs: int | None = None
     """None: off; n: each token's log-probability and the n likeliest alternatives (0–20)."""
+    hetero_compute: str | None = None
+    """What is wanted of several devices, see docs/hetero.md; None: nothing, and then the answer names none."""
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt is None):
@@ -102,6 +104,10 @@ class GenerateRequest:
             raise InvalidArgument("priority must be interactive or batch", param="priority")
         if len(self.logit_bias) > MAX_BIASES:
             raise InvalidArgument(f"logit_bias takes at most {MAX_BIASES} tokens", param="logit_bias")
+        if self.hetero_compute is not None:
+            from ai_assistant.hal.hetero.intent import parse  # few requests have one
+
+            parse(self.hetero_compute)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -156,7 +162,7 @@ _FLOATS = frozenset(
         "mirostat_tau", "mirostat_eta",
     }
 )  # fmt: skip
-_TEXTS = ("prompt", "tool_choice", "response_regex", "priority")
+_TEXTS = ("prompt", "tool_choice", "response_regex", "priority", "hetero_compute")
 
 
 def _checked(key: str, value: Any) -> Any:
@@ -233,6 +239,8 @@ class Usage:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     energy_j: float | None = None
+    devices: tuple[str, ...] = ()
+    """Which ones it ran on, where the request had `hetero_compute`."""
 
 
 @dataclass(frozen=True, slots=True)

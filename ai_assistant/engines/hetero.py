@@ -6,10 +6,10 @@ Nothing of `hal.hetero` is imported before a request has a wish.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from ai_assistant.engines.contract import Placed
+from ai_assistant.engines.contract import Event, Finished, Placed
 from ai_assistant.errors import InvalidArgument, NotSupported
 
 if TYPE_CHECKING:
@@ -113,6 +113,13 @@ def honour(engine: object, wish: Wish) -> None:
             param=PARAM,
         )
     wish.devices = used
+
+
+def told(event: Event, wish: Wish | None) -> Event:
+    """The same event; the last of a generation says which devices it were, where that was asked."""
+    if wish is None or not isinstance(event, Finished):
+        return event
+    return replace(event, usage=replace(event.usage, devices=wish.devices))
 
 
 def _where(engine: object) -> tuple[str, ...]:

@@ -33,4 +33,5 @@ def together(usages: Sequence[Usage]) -> Usage:
         prefill_s=max(each.prefill_s for each in usages),
         decode_s=max(each.decode_s for each in usages),
         energy_j=None if None in joules else sum(each for each in joules if each is not None),
+        devices=tuple(dict.fromkeys(name for each in usages for name in each.devices)),
     )

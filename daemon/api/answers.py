@@ -16,6 +16,7 @@ from starlette.responses import Response
 from ai_assistant.daemon.api.choices import Numbered
 from ai_assistant.daemon.contract import ModelRecord
 from ai_assistant.engines.contract import Chunk, Finished, GenerateRequest
+from ai_assistant.engines.hetero import Wish
 from ai_assistant.errors import ContextOverflow, InvalidArgument, NotSupported
 
 # Between vectors the loop gets its turn: two thousand of them are a second's work.
@@ -148,8 +149,19 @@ async def vectors(found: Sequence[Sequence[float]], as_base64: bool) -> str:
     return ",".join(out)
 
 
+def usage(tokens: int, wish: Wish | None) -> dict[str, Any]:
+    """What reading texts took, and where, if that was asked."""
+    told = {} if wish is None else {"devices": list(wish.devices)}
+    return {"prompt_tokens": tokens, "total_tokens": tokens, **told}
+
+
 def ranks(
-    model: str, documents: Sequence[str], scores: Sequence[float], tokens: int, top_n: int | None, texts: bool
+    model: str,
+    documents: Sequence[str],
+    scores: Sequence[float],
+    usage: dict[str, Any],
+    top_n: int | None,
+    texts: bool,
 ) -> dict[str, Any]:
     """A rerank answer: best first, equals in the order of the documents."""
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
@@ -164,11 +176,11 @@ def ranks(
         "object": "list",
         "model": model,
         "results": results,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "usage": usage,
     }
 
 
-def labels(model: str, found: Sequence[Sequence[tuple[str, float]]], tokens: int) -> dict[str, Any]:
+def labels(model: str, found: Sequence[Sequence[tuple[str, float]]], usage: dict[str, Any]) -> dict[str, Any]:
     """A classification answer: for each text its likeliest label, and all with their probabilities."""
     data = []
     for index, each in enumerate(found):
@@ -182,5 +194,5 @@ def labels(model: str, found: Sequence[Sequence[tuple[str, float]]], tokens: int
         "object": "list",
         "model": model,
         "data": data,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "usage": usage,
     }

@@ -103,10 +103,10 @@ class Endpoints:
         record = self._service.model(asked.model)
         answers.require(record, "embed")
         async with exchange.while_waiting():
-            vectors, tokens = await self._service.embed(record.name, asked.texts, asked.keep_alive_s)
+            vectors, tokens = await self._service.embed(record.name, asked.texts, asked.keep_alive_s, asked.wish)
             exchange.spend(tokens)
             data = await answers.vectors(vectors, asked.base64)
-        usage = f'{{"prompt_tokens":{tokens},"total_tokens":{tokens}}}'
+        usage = json.dumps(answers.usage(tokens, asked.wish), separators=(",", ":"))
         body = f'{{"object":"list","data":[{data}],"model":{json.dumps(record.name)},"usage":{usage}}}'
         await exchange.respond(Response(body, media_type="application/json"))
 
@@ -115,9 +115,12 @@ class Endpoints:
         record = self._service.model(asked.model)
         answers.require(record, "rerank")
         async with exchange.while_waiting():
-            scores, tokens = await self._service.rerank(record.name, asked.query, asked.documents, asked.keep_alive_s)
+            scores, tokens = await self._service.rerank(
+                record.name, asked.query, asked.documents, asked.keep_alive_s, asked.wish
+            )
             exchange.spend(tokens)
-        made = answers.ranks(record.name, asked.documents, scores, tokens, asked.top_n, asked.return_documents)
+        usage = answers.usage(tokens, asked.wish)
+        made = answers.ranks(record.name, asked.documents, scores, usage, asked.top_n, asked.return_documents)
         await exchange.respond(json_response(made))
 
     async def classify(self, exchange: Exchange) -> None:
@@ -125,9 +128,9 @@ class Endpoints:
         record = self._service.model(asked.model)
         answers.require(record, "classify")
         async with exchange.while_waiting():
-            found, tokens = await self._service.classify(record.name, asked.texts, asked.keep_alive_s)
+            found, tokens = await self._service.classify(record.name, asked.texts, asked.keep_alive_s, asked.wish)
             exchange.spend(tokens)
-        await exchange.respond(json_response(answers.labels(record.name, found, tokens)))
+        await exchange.respond(json_response(answers.labels(record.name, found, answers.usage(tokens, asked.wish))))
 
     async def tokenize(self, exchange: Exchange) -> None:
         asked = texts.parse_tokenize(await exchange.json())

@@ -21,6 +21,7 @@ from ai_assistant.daemon.api.choices import numbered
 from ai_assistant.daemon.api.messages import messages
 from ai_assistant.daemon.api.rendering import StreamOptions, sse, usage_dict, whole
 from ai_assistant.engines.contract import GenerateRequest
+from ai_assistant.engines.hetero import PARAM, Wish
 from ai_assistant.errors import InvalidArgument, NotSupported
 
 __all__ = [
@@ -44,7 +45,7 @@ _FORMAT = {"response_regex": "response_format.regex", "response_schema": "respon
 _SAME = (
     "seed", "temperature", "top_p", "frequency_penalty", "presence_penalty", "top_k", "min_p", "typical_p",
     "repeat_penalty", "repeat_last_n", "mirostat", "mirostat_tau", "mirostat_eta", "logit_bias", "priority",
-    "ignore_eos",
+    "ignore_eos", "hetero_compute",
 )  # fmt: skip
 _COMMON = frozenset(
     {"model", "stop", "stream", "stream_options", "max_tokens", "n", "keep_alive", "response_format", *_SAME}
@@ -64,6 +65,7 @@ class EmbeddingsRequest:
     base64: bool
     """Vectors as base64 of little-endian 32-bit floats, not as lists of numbers."""
     keep_alive_s: float | None = None
+    wish: Wish | None = None
 
 
 def parse_chat(body: Mapping[str, Any]) -> tuple[str, GenerateRequest, StreamOptions]:
@@ -129,7 +131,7 @@ def parse_embeddings(body: Mapping[str, Any]) -> EmbeddingsRequest:
     Raises:
         InvalidArgument, NotSupported: with the parameter's name.
     """
-    known = frozenset({"model", "input", "encoding_format", "dimensions", "keep_alive"})
+    known = frozenset({"model", "input", "encoding_format", "dimensions", "keep_alive", PARAM})
     params.check_names(body, known, frozenset(params.HARMLESS))
     model = params.text(body, "model")
     if body.get("dimensions") is not None:
@@ -137,7 +139,8 @@ def parse_embeddings(body: Mapping[str, Any]) -> EmbeddingsRequest:
     encoding = body.get("encoding_format")
     if encoding not in (None, "float", "base64"):
         raise InvalidArgument("encoding_format must be float or base64", param="encoding_format")
-    return EmbeddingsRequest(model, _inputs(body.get("input")), encoding == "base64", params.keep_alive(body))
+    texts, wish = _inputs(body.get("input")), Wish.of(body.get(PARAM))
+    return EmbeddingsRequest(model, texts, encoding == "base64", params.keep_alive(body), wish)
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -273,6 +273,7 @@ def error_event(error: AIAssistantError) -> bytes:
 
 def usage_dict(usage: Usage) -> dict[str, Any]:
     """OpenAI's counts, and what the answer cost: joules (null where nothing measures) and seconds."""
+    told = {"devices": list(usage.devices)} if usage.devices else {}
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -282,6 +283,7 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
         "queue_s": usage.queue_s,
         "prefill_s": usage.prefill_s,
         "decode_s": usage.decode_s,
+        **told,
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ai_assistant.daemon.api import params
+from ai_assistant.engines.hetero import PARAM, Wish
 from ai_assistant.errors import InvalidArgument, NotSupported
 
 MAX_DOCUMENTS = 2048
@@ -26,6 +27,7 @@ class RerankRequest:
     top_n: int | None
     return_documents: bool
     keep_alive_s: float | None = None
+    wish: Wish | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class ClassifyRequest:
     model: str
     texts: tuple[str, ...]
     keep_alive_s: float | None = None
+    wish: Wish | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ def parse_rerank(body: Mapping[str, Any]) -> RerankRequest:
     Raises:
         InvalidArgument: with the parameter's path.
     """
-    known = frozenset({"model", "query", "documents", "top_n", "return_documents", "keep_alive"})
+    known = frozenset({"model", "query", "documents", "top_n", "return_documents", "keep_alive", PARAM})
     params.check_names(body, known, frozenset({"user"}))
     model, query = params.text(body, "model"), params.text(body, "query")
     given = body.get("documents")
@@ -61,7 +64,8 @@ def parse_rerank(body: Mapping[str, Any]) -> RerankRequest:
     if top_n is not None and params.integer(top_n, "top_n") < 1:
         raise InvalidArgument("top_n must be at least 1", param="top_n")
     wanted = params.flag(body, "return_documents")
-    return RerankRequest(model, query, documents, top_n, wanted, params.keep_alive(body))
+    keep, wish = params.keep_alive(body), Wish.of(body.get(PARAM))
+    return RerankRequest(model, query, documents, top_n, wanted, keep, wish)
 
 
 def _document(value: object, path: str) -> str:
@@ -82,7 +86,7 @@ def parse_classify(body: Mapping[str, Any]) -> ClassifyRequest:
     Raises:
         InvalidArgument, NotSupported: with the parameter's path.
     """
-    params.check_names(body, frozenset({"model", "input", "labels", "keep_alive"}), frozenset({"user"}))
+    params.check_names(body, frozenset({"model", "input", "labels", "keep_alive", PARAM}), frozenset({"user"}))
     model = params.text(body, "model")
     if body.get("labels") is not None:
         raise NotSupported("labels are the model's own", hint="leave labels out", param="labels")
@@ -95,7 +99,7 @@ def parse_classify(body: Mapping[str, Any]) -> ClassifyRequest:
     for index, each in enumerate(texts):
         if not isinstance(each, str) or not each:
             raise InvalidArgument(f"input[{index}] must be a text", param=f"input[{index}]")
-    return ClassifyRequest(model, tuple(texts), params.keep_alive(body))
+    return ClassifyRequest(model, tuple(texts), params.keep_alive(body), Wish.of(body.get(PARAM)))
 
 
 def parse_tokenize(body: Mapping[str, Any]) -> TokenizeRequest:

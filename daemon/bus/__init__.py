@@ -9,7 +9,7 @@ from ai_assistant.services import schema
 BUS_NAME = "org.ai_assistant1"
 ROOT = "/org/ai_assistant1"
 NAMES = ("Manager", "Inference", "Model", "Job", "Device")
-TEXTS = frozenset({"Generate", "OpenStream", "Embed"})
+TEXTS = frozenset({"Generate", "OpenStream", "Embed", "EmbedWith"})
 """Methods that take texts, and so may be large."""
 
 

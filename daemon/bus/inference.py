@@ -14,9 +14,11 @@ from typing import Any
 from dbus_fast import Variant
 
 from ai_assistant.daemon.authority import Authority
+from ai_assistant.daemon.bus.model import no_options
 from ai_assistant.daemon.contract import Scope
 from ai_assistant.daemon.service import DaemonService
 from ai_assistant.engines.contract import Chunk, Finished, GenerateRequest
+from ai_assistant.engines.hetero import PARAM, Wish
 from ai_assistant.errors import Busy, InternalError, InvalidArgument
 from ai_assistant.services.connection import Call, Outgoing
 from ai_assistant.services.values import plain, variants
@@ -87,9 +89,22 @@ class Inference:
 
     async def embed(self, call: Call, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         await self._authority.require(call, Scope.INFER)
+        return await self._embed(model, texts, None)
+
+    async def embed_with(
+        self, call: Call, model: str, texts: Sequence[str], options: Mapping[str, Variant]
+    ) -> tuple[list[list[float]], dict[str, Variant]]:
+        await self._authority.require(call, Scope.INFER)
+        values = plain(options)
+        wish = Wish.of(values.pop(PARAM, None))
+        no_options(values)
+        vectors, tokens = await self._embed(model, texts, wish)
+        return vectors, variants({"tokens": tokens, "devices": None if wish is None else list(wish.devices)})
+
+    async def _embed(self, model: str, texts: Sequence[str], wish: Wish | None) -> tuple[list[list[float]], int]:
         if not 1 <= len(texts) <= MAX_TEXTS:
             raise InvalidArgument(f"texts takes 1 to {MAX_TEXTS} entries", param="texts")
-        vectors, tokens = await self._service.embed(model, list(texts))
+        vectors, tokens = await self._service.embed(model, list(texts), wish=wish)
         if sum(map(len, vectors)) * 8 > MAX_VECTOR_BYTES:
             raise InvalidArgument("the vectors are too large for one reply", hint="send fewer texts", param="texts")
         return vectors, tokens
@@ -191,6 +206,8 @@ def usage(event: Finished) -> dict[str, Variant]:
         "decode_s": float(found.decode_s),
         "energy_j": found.energy_j,
     }
+    if found.devices:
+        values["devices"] = list(found.devices)
     if event.tool_calls:
         calls = [{"name": each.name, "arguments": each.arguments} for each in event.tool_calls]
         values["tool_calls"] = json.dumps(calls, ensure_ascii=False)

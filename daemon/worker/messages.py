@@ -90,28 +90,40 @@ def placement(value: Any) -> Placement:
     )
 
 
-def _vectors(value: Any) -> tuple[list[list[float]], int]:
+def _vectors(value: Any) -> tuple[list[list[float]], int, tuple[str, ...]]:
     if not isinstance(value, dict):
         raise ProtocolError("a strange answer")
     vectors = _list(value.get("vectors"), 1 << 16)
-    return [[_number(each) for each in _list(vector, 1 << 16)] for vector in vectors], _count(value.get("tokens"))
+    found = [[_number(each) for each in _list(vector, 1 << 16)] for vector in vectors]
+    return found, _count(value.get("tokens")), _devices(value)
 
 
 def _tokens(value: Any) -> list[int]:
     return [_count(each) for each in _list(value, 1 << 24)]
 
 
-def _scores(value: Any) -> tuple[list[float], int]:
+def _scores(value: Any) -> tuple[list[float], int, tuple[str, ...]]:
     if not isinstance(value, dict):
         raise ProtocolError("a strange answer")
-    return [_number(each) for each in _list(value.get("scores"), 1 << 20)], _count(value.get("tokens"))
+    scores = [_number(each) for each in _list(value.get("scores"), 1 << 20)]
+    return scores, _count(value.get("tokens")), _devices(value)
 
 
-def _labels(value: Any) -> tuple[list[list[tuple[str, float]]], int]:
+def _labels(value: Any) -> tuple[list[list[tuple[str, float]]], int, tuple[str, ...]]:
     if not isinstance(value, dict):
         raise ProtocolError("a strange answer")
     texts = _list(value.get("labels"), MAX_LABELS)
-    return [[_label(each) for each in _list(text, MAX_LABELS)] for text in texts], _count(value.get("tokens"))
+    found = [[_label(each) for each in _list(text, MAX_LABELS)] for text in texts]
+    return found, _count(value.get("tokens")), _devices(value)
+
+
+def _devices(values: dict[str, Any]) -> tuple[str, ...]:
+    """Names of devices; none where the request did not ask."""
+    names = [_text(each) for each in _list(values.get("devices", []), _MAX_DEVICES)]
+    # They go on to terminals, and to a bus that has no NUL.
+    if not all(each.isprintable() and 0 < len(each) <= _MAX_NAME for each in names):
+        raise ProtocolError("a strange name of a device")
+    return tuple(names)
 
 
 def _label(value: Any) -> tuple[str, float]:
@@ -148,6 +160,7 @@ def _usage(value: Any) -> Usage:
         prefill_s=_number(value.get("prefill_s")),
         decode_s=_number(value.get("decode_s")),
         energy_j=None if energy is None else _number(energy),
+        devices=_devices(value),
     )
 
 

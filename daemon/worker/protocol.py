@@ -26,6 +26,7 @@ from ai_assistant.engines.contract import (
     ModelInfo,
     Placement,
 )
+from ai_assistant.engines.hetero import Wish
 from ai_assistant.errors import AIAssistantError, Busy, InternalError, InvalidArgument, WorkerCrashed
 
 MAX_UNSENT = 64 << 20
@@ -170,12 +171,16 @@ class WorkerClient:
         finally:
             self._forget(number, pending)
 
-    async def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
-        """Vectors in the order of `texts`, and the number of tokens read."""
-        found: tuple[list[list[float]], int] = await self._call("embed", {"texts": list(texts)})
-        if len(found[0]) != len(texts):
+    async def embed(self, texts: Sequence[str], wish: Wish | None = None) -> tuple[list[list[float]], int]:
+        """Vectors in the order of `texts`, and the number of tokens read.
+
+        Args:
+            wish: for devices; is told which ones it were, as with the others that take one.
+        """
+        vectors, tokens = await self._read("embed", {"texts": list(texts)}, wish)
+        if len(vectors) != len(texts):
             raise self._lied("embedded something else than the texts")
-        return found
+        return vectors, tokens
 
     async def tokenize(self, text: str) -> list[int]:
         found: list[int] = await self._call("tokenize", {"text": text})
@@ -185,19 +190,29 @@ class WorkerClient:
         found: str = await self._call("detokenize", {"tokens": list(tokens)})
         return found
 
-    async def rerank(self, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
+    async def rerank(self, query: str, documents: Sequence[str], wish: Wish | None = None) -> tuple[list[float], int]:
         """A score for each document, and the number of tokens read."""
-        found: tuple[list[float], int] = await self._call("rerank", {"query": query, "documents": list(documents)})
-        if len(found[0]) != len(documents):
+        scores, tokens = await self._read("rerank", {"query": query, "documents": list(documents)}, wish)
+        if len(scores) != len(documents):
             raise self._lied("scored something else than the documents")
-        return found
+        return scores, tokens
 
-    async def classify(self, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
+    async def classify(
+        self, texts: Sequence[str], wish: Wish | None = None
+    ) -> tuple[list[list[tuple[str, float]]], int]:
         """The labels of each text with their probabilities, and the number of tokens read."""
-        found: tuple[list[list[tuple[str, float]]], int] = await self._call("classify", {"texts": list(texts)})
-        if len(found[0]) != len(texts):
+        labels, tokens = await self._read("classify", {"texts": list(texts)}, wish)
+        if len(labels) != len(texts):
             raise self._lied("classified something else than the texts")
-        return found
+        return labels, tokens
+
+    async def _read(self, op: str, values: dict[str, Any], wish: Wish | None) -> tuple[Any, int]:
+        if wish is not None:
+            values["hetero_compute"] = wish.text
+        found, tokens, devices = await self._call(op, values)
+        if wish is not None:
+            wish.devices = devices
+        return found, tokens
 
     async def stats(self) -> EngineStats:
         """What the engine does right now."""

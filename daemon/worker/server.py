@@ -37,6 +37,7 @@ from ai_assistant.engines.contract import (
     Supervised,
     event_to_dict,
 )
+from ai_assistant.engines.hetero import Wish, honour, reader, told
 from ai_assistant.errors import AIAssistantError, Busy, Cancelled, InternalError, InvalidArgument
 
 MAX_REQUESTS = 128
@@ -248,15 +249,19 @@ class WorkerServer:
         values = message.get("request")
         if not isinstance(values, dict):
             raise InvalidArgument("a generation without a request")
-        generation = self._loaded.generate(GenerateRequest.from_dict(values))
+        asked = GenerateRequest.from_dict(values)
+        wish = Wish.of(asked.hetero_compute)
+        if wish is not None:
+            honour(self._loaded, wish)
+        generation = self._loaded.generate(asked)
         request.attach(generation)
         try:
             if isinstance(generation, PacedGeneration):
                 while events := generation.gather(self._pace_s):
-                    self._send_bytes(b"".join(_event_frame(number, each) for each in joined(events)))
+                    self._send_bytes(b"".join(_event_frame(number, told(each, wish)) for each in joined(events)))
             else:
                 for event in generation:
-                    self._send_bytes(_event_frame(number, event))
+                    self._send_bytes(_event_frame(number, told(event, wish)))
         finally:
             generation.cancel()
 
@@ -266,28 +271,31 @@ class WorkerServer:
 
     def _embed(self, number: int, request: _Request, message: dict[str, Any]) -> None:
         texts = _texts(message, "texts", "input")
-        vectors, tokens = self._loaded.embed(texts, lambda: request.cancelled)
+        wish = Wish.of(message.get("hetero_compute"))
+        vectors, tokens = reader(self._loaded, wish).embed(texts, lambda: request.cancelled)
         for vector in vectors:
             _check_finite(vector)
-        self._result(number, {"vectors": vectors, "tokens": tokens})
+        self._result(number, {"vectors": vectors, "tokens": tokens, **_devices(wish)})
 
     def _rerank(self, number: int, request: _Request, message: dict[str, Any]) -> None:
         query = message.get("query")
         if not isinstance(query, str):
             raise InvalidArgument("query must be a string", param="query")
         documents = _texts(message, "documents", "documents")
-        scores, tokens = self._loaded.rerank(query, documents, lambda: request.cancelled)
+        wish = Wish.of(message.get("hetero_compute"))
+        scores, tokens = reader(self._loaded, wish).rerank(query, documents, lambda: request.cancelled)
         _check_finite(scores)
-        self._result(number, {"scores": scores, "tokens": tokens})
+        self._result(number, {"scores": scores, "tokens": tokens, **_devices(wish)})
 
     def _classify(self, number: int, request: _Request, message: dict[str, Any]) -> None:
         texts = _texts(message, "texts", "input")
-        labels, tokens = self._loaded.classify(texts, lambda: request.cancelled)
+        wish = Wish.of(message.get("hetero_compute"))
+        labels, tokens = reader(self._loaded, wish).classify(texts, lambda: request.cancelled)
         if (count := sum(map(len, labels))) > MAX_LABELS:
             raise InvalidArgument(f"the answer has {count} labels, more than {MAX_LABELS}", hint="send fewer texts")
         for text in labels:
             _check_finite(probability for _, probability in text)
-        self._result(number, {"labels": labels, "tokens": tokens})
+        self._result(number, {"labels": labels, "tokens": tokens, **_devices(wish)})
 
     def _tokenize(self, number: int, _request: _Request, message: dict[str, Any]) -> None:
         text = message.get("text")
@@ -378,6 +386,11 @@ def _event_frame(number: int, event: Event) -> bytes:
         body = f'{{"id":{number},"event":"chunk","text":{json.dumps(event.text)}}}'.encode()
         return framed(body, MAX_EVENT)
     return encode({"id": number, **event_to_dict(event)}, MAX_EVENT)
+
+
+def _devices(wish: Wish | None) -> dict[str, list[str]]:
+    """What an answer says of devices: nothing, unless it was asked."""
+    return {} if wish is None else {"devices": list(wish.devices)}
 
 
 def _texts(message: Mapping[str, Any], key: str, param: str) -> list[str]:

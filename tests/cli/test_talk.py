@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import os
 import pty
@@ -55,6 +56,22 @@ def test_stats_go_to_stderr(cli: Cli, api: Served) -> None:
     result = cli("run", "assistant", "--stats", "one two")
     assert result.out == "one two \n"
     assert result.err == "2 tokens read in 0.50 s, 2 written in 0.75 s (2.7/s), 1.5 J\n"
+
+
+def test_devices_are_named_where_that_was_asked(cli: Cli, api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = cli("run", "assistant", "--stats", "--hetero-compute", "ON", "one two")
+    assert result.err.rstrip().endswith("1.5 J, on cpu")
+    assert api.service.requests[-1].hetero_compute == "ON"
+    monkeypatch.setenv("HETERO_COMPUTE", "efficiency")
+    end = cli("run", "assistant", "one two", "--json").lines[-1]
+    assert end["usage"]["devices"] == ["cpu"]
+    assert api.service.requests[-1].hetero_compute == "efficiency"
+    result = cli("run", "assistant", "--hetero-compute", "on,off", "one two")
+    assert result.status == 1
+    assert "stands alone" in result.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    assert cli("chat", "--model", "assistant", "--hetero-compute", "latency").status == 0
+    assert api.service.requests[-1].hetero_compute == "latency"
 
 
 def test_json_is_lines(cli: Cli, api: Served) -> None:

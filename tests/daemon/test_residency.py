@@ -27,6 +27,7 @@ from ai_assistant.engines.contract import (
     Placement,
     Usage,
 )
+from ai_assistant.engines.hetero import Wish
 from ai_assistant.engines.memory import MemoryShape
 from ai_assistant.errors import (
     AIAssistantError,
@@ -105,7 +106,7 @@ class Scripted:
         finally:
             self.closed_generations += 1
 
-    async def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+    async def embed(self, texts: Sequence[str], wish: Wish | None = None) -> tuple[list[list[float]], int]:
         return [[1.0] for _ in texts], len(texts)
 
     async def tokenize(self, text: str) -> list[int]:
@@ -114,10 +115,12 @@ class Scripted:
     async def detokenize(self, tokens: Sequence[int]) -> str:
         return "a"
 
-    async def rerank(self, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
+    async def rerank(self, query: str, documents: Sequence[str], wish: Wish | None = None) -> tuple[list[float], int]:
         return [0.5 for _ in documents], len(documents)
 
-    async def classify(self, texts: Sequence[str]) -> tuple[list[list[tuple[str, float]]], int]:
+    async def classify(
+        self, texts: Sequence[str], wish: Wish | None = None
+    ) -> tuple[list[list[tuple[str, float]]], int]:
         return [[("a", 1.0)] for _ in texts], len(texts)
 
     async def stats(self) -> EngineStats:

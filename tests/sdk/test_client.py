@@ -455,3 +455,55 @@ async def test_async_errors_and_timeouts(aclient: AsyncClient, api: Served, tmp_
 async def test_many_at_once(aclient: AsyncClient) -> None:
     answers = await asyncio.gather(*(aclient.chat(f"number {i}", model="assistant") for i in range(20)))
     assert [each.content for each in answers] == [f"number {i} " for i in range(20)]
+
+
+def test_a_wish_for_devices_goes_along(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = api.service
+    monkeypatch.delenv("HETERO_COMPUTE", raising=False)
+    with Client() as client:
+        assert client.embed(["one"], model="assistant").devices == ()
+        monkeypatch.setenv("HETERO_COMPUTE", "npu,cpu")
+        found = client.embed(["one"], model="assistant")
+        assert (len(found), found.devices) == (1, ("npu", "cpu"))
+        assert client.embed(["one"], model="assistant", hetero_compute="OFF").devices == ("cpu",)
+        assert client.generate("x", model="assistant").usage.devices == ("cpu",)
+        client.generate("x", model="assistant", hetero_compute="latency")
+        client.generate("x", model="assistant", n=2)
+        assert [each.hetero_compute for each in service.requests] == ["npu,cpu", "latency", "npu,cpu", "npu,cpu"]
+        monkeypatch.setenv("HETERO_COMPUTE", "")
+        client.embed(["one"], model="assistant")
+        assert service.wishes == [None, "npu,cpu", "OFF", None]
+    with Client(hetero_compute="gpu") as client:
+        monkeypatch.setenv("HETERO_COMPUTE", "npu")
+        assert client.embed(["one"], model="assistant").devices == ("gpu",)
+        assert client.embed(["one"], model="assistant", hetero_compute="cpu").devices == ("cpu",)
+
+
+def test_a_wish_that_is_none_is_not_sent(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Client() as client:
+        monkeypatch.setenv("HETERO_COMPUTE", "on,off")
+        for work in (
+            lambda: client.embed(["one"], model="assistant"),
+            lambda: client.rerank("one", ["two"], model="assistant"),
+            lambda: client.classify(["one"], model="assistant"),
+            lambda: client.generate("x", model="assistant"),
+            lambda: client.chat("x", model="assistant", n=2),
+        ):
+            with pytest.raises(InvalidArgument) as caught:
+                work()
+            assert caught.value.param == "hetero_compute"
+        with pytest.raises(InvalidArgument) as caught:
+            client.generate("x", model="assistant", hetero_compute="a b")
+        assert caught.value.param == "hetero_compute"
+    assert api.service.requests == []
+    assert api.service.wishes == []
+
+
+async def test_a_wish_of_the_asynchronous_client(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HETERO_COMPUTE", "cpu")
+    async with AsyncClient() as client:
+        assert (await client.embed(["one"], model="assistant")).devices == ("cpu",)
+        assert (await client.embed(["one"], model="assistant", hetero_compute="npu")).devices == ("npu",)
+        assert (await client.generate("x", model="assistant")).usage.devices == ("cpu",)
+    async with AsyncClient(hetero_compute="gpu") as client:
+        assert (await client.embed(["one"], model="assistant")).devices == ("gpu",)

@@ -318,3 +318,29 @@ async def test_async_models_by_name(api: Served) -> None:
         assert (await engine.chat("over there")).content == "over there "
     with pytest.raises(NoSuchModel):
         await AsyncInferenceEngine("nobody").open()
+
+
+def test_a_language_model_here_is_not_moved_by_the_environment(
+    made: list[ScriptedEngine], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was loaded accordingly; only what a request says itself is a demand."""
+    monkeypatch.setenv("HETERO_COMPUTE", "npu")
+    with InferenceEngine(model_path=file) as engine:
+        assert made[0].options.hetero_compute == "npu"
+        assert engine.generate("x").usage.devices == ()
+        assert engine.embed(["x"]).devices == ()
+        assert engine.generate("x", hetero_compute="ON").usage.devices == ("cpu",)
+        assert engine.embed(["x"], hetero_compute="cpu").devices == ("cpu",)
+        for work in (
+            lambda: engine.generate("x", hetero_compute="npu"),
+            lambda: engine.generate("x", n=2, hetero_compute="npu"),
+            lambda: engine.embed(["x"], hetero_compute="npu"),
+        ):
+            with pytest.raises(NotSupported, match="cannot move it") as caught:
+                work()
+            assert caught.value.param == "hetero_compute"
+    with InferenceEngine(model_path=file, hetero_compute="latency") as engine:
+        assert made[1].options.hetero_compute == "latency"
+    monkeypatch.setenv("HETERO_COMPUTE", "on,off")
+    with pytest.raises(InvalidArgument, match="stands alone"):
+        InferenceEngine(model_path=file)

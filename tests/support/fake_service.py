@@ -26,6 +26,7 @@ from ai_assistant.engines.contract import (
     ToolCall,
     Usage,
 )
+from ai_assistant.engines.hetero import Wish
 from ai_assistant.engines.memory import MemoryEstimate
 from ai_assistant.errors import NoSuchModel
 
@@ -63,6 +64,8 @@ class FakeService:
         self.requests: list[GenerateRequest] = []
         self.kept: list[float | None] = []
         """The `keep_alive_s` of each request that may say it."""
+        self.wishes: list[str | None] = []
+        """The `hetero_compute` of each request that reads texts."""
         self.engine_stats = EngineStats(running=1, sequences=4, kv_cells=8192, kv_used=100, decode_tokens_per_s=12.5)
         self.begun = 0
         self.finished = 0
@@ -101,9 +104,10 @@ class FakeService:
             raise
 
     async def embed(
-        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None, wish: Wish | None = None
     ) -> tuple[list[list[float]], int]:
         self._maybe_raise(texts[0])
+        self._grant(wish)
         self.kept.append(keep_alive_s)
         vectors = [[math.sin(len(text) + k) for k in range(4)] for text in texts]
         return vectors, sum(len(text.split()) for text in texts)
@@ -115,18 +119,25 @@ class FakeService:
         return " ".join("x" * each for each in tokens)
 
     async def rerank(
-        self, name: str, query: str, documents: Sequence[str], keep_alive_s: float | None = None
+        self,
+        name: str,
+        query: str,
+        documents: Sequence[str],
+        keep_alive_s: float | None = None,
+        wish: Wish | None = None,
     ) -> tuple[list[float], int]:
         """The share of the query's words that a document has."""
         self._maybe_raise(query)
+        self._grant(wish)
         self.kept.append(keep_alive_s)
         wanted = set(query.split())
         return [len(wanted & set(each.split())) / len(wanted) for each in documents], len(documents) * len(wanted)
 
     async def classify(
-        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None
+        self, name: str, texts: Sequence[str], keep_alive_s: float | None = None, wish: Wish | None = None
     ) -> tuple[list[list[tuple[str, float]]], int]:
         self._maybe_raise(texts[0])
+        self._grant(wish)
         self.kept.append(keep_alive_s)
         return [[("long", 0.75), ("short", 0.25)] for _ in texts], sum(len(text.split()) for text in texts)
 
@@ -148,6 +159,12 @@ class FakeService:
 
     def health(self) -> str:
         return self.problem
+
+    def _grant(self, wish: Wish | None) -> None:
+        """Every wish for devices comes true."""
+        self.wishes.append(None if wish is None else wish.text)
+        if wish is not None:
+            wish.devices = wish.intent.devices or ("cpu",)
 
     def status(self) -> Mapping[str, Any]:
         return self.state
@@ -179,6 +196,8 @@ class FakeService:
             yield Chunk("two ")
             raise self.errors[text.split()[1]].with_traceback(None)
         usage = Usage(len(text.split()), 0, 1, 0.25, 0.5, 0.75, 1.5)
+        if request.hetero_compute is not None:
+            usage = replace(usage, devices=("cpu",))
         if request.tools and request.tool_choice != "none":
             names = [each["function"]["name"] for each in request.tools]
             wanted = names if request.tool_choice in ("auto", "required") else [request.tool_choice]

@@ -18,11 +18,13 @@ from ai_assistant.engines.contract import (
     Event,
     Finished,
     FinishReason,
+    GenerateRequest,
     LoadOptions,
     TokenLogprob,
     Usage,
 )
-from ai_assistant.errors import InternalError, InvalidArgument, WorkerCrashed
+from ai_assistant.engines.hetero import Wish
+from ai_assistant.errors import InternalError, InvalidArgument, NotSupported, WorkerCrashed
 from tests.worker.test_protocol import _pair
 from tests.worker.test_stuck import _spawn, scripted_worker
 
@@ -47,6 +49,52 @@ async def test_every_operation() -> None:
         with pytest.raises(InvalidArgument, match="labels"):
             await client.classify(["30000"])
         assert await client.tokenize("a") == [97]
+
+
+async def test_a_model_that_stays_where_it_is_says_so() -> None:
+    async with scripted_worker() as (client, _):
+        wish = Wish("ON")
+        assert (await client.embed(["a"], wish))[1] == 1
+        assert wish.devices == ("cpu",)
+        wish = Wish("cpu")
+        await client.rerank("a", ["a"], wish)
+        assert wish.devices == ("cpu",)
+        for work in (client.embed(["a"], Wish("npu")), client.classify(["a"], Wish("npu,gpu"))):
+            with pytest.raises(NotSupported, match="cannot move it") as caught:
+                await work
+            assert caught.value.param == "hetero_compute"
+        events = [each async for each in client.generate(GenerateRequest(prompt="x", hetero_compute="efficiency"))]
+        assert isinstance(events[-1], Finished)
+        assert events[-1].usage.devices == ("cpu",)
+        with pytest.raises(NotSupported, match="cannot move it"):
+            async for _ in client.generate(GenerateRequest(prompt="x", hetero_compute="npu")):
+                pass
+        assert (await client.embed(["a"]))[1] == 1
+
+
+async def _asked(devices: Any) -> tuple[str, ...]:
+    async with _pair() as (client, fake):
+        wish = Wish("npu")
+        task = asyncio.create_task(client.embed(["a"], wish))
+        message = await fake.receive()
+        assert message["hetero_compute"] == "npu"
+        value = {"vectors": [[1.0]], "tokens": 1, "devices": devices}
+        await fake.send({"id": message["id"], "event": "result", "value": value})
+        await task
+        return wish.devices
+
+
+@pytest.mark.parametrize(
+    "devices", ["cpu", {"cpu": 1}, [1], [""], ["a\0b"], ["a\nb"], ["\x1b[2J"], ["x" * 201], ["cpu"] * 18, None]
+)
+async def test_strange_devices_end_the_worker(devices: Any) -> None:
+    with pytest.raises(WorkerCrashed):
+        await _asked(devices)
+
+
+async def test_many_devices_pass() -> None:
+    names = [f"backend{number}:device" for number in range(17)]
+    assert await _asked(names) == tuple(names)
 
 
 async def test_files_come_by_name(tmp_path: Path) -> None:
