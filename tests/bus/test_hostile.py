@@ -206,6 +206,8 @@ async def test_bad_names_and_options(client: Client, tiny_model: Path) -> None:
             {"name": Variant("s", "a:1")},
             {"context_length": Variant("s", "x")},
             {"context_length": Variant("i", -1)},
+            {"hetero_compute": Variant("s", "maybe?")},
+            {"hetero_compute": Variant("u", 1)},
             {"what": Variant("b", True)},
         ):
             with pytest.raises(Refused, match="InvalidArgument"):

@@ -1,7 +1,8 @@
 """A process that loads models on the processor, on a Vulkan device and on both, and tells as JSON what came of it.
 
-`python3 -m tests.engines.device_program EXACT QUANTISED`: the first one answers, of the second only its buffers count. A
-process of its own, because the library looks at the environment once, and so that a driver that crashes ends nothing else.
+`python3 -m tests.engines.device_program EXACT QUANTISED`: the first one answers, of the second only its buffers count.
+A process of its own, because the library looks at the environment once, and so that a driver that crashes ends nothing
+else.
 """
 
 from __future__ import annotations

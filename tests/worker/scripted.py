@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -27,6 +28,7 @@ from ai_assistant.engines.contract import (
     GenerateRequest,
     LoadOptions,
     ModelInfo,
+    Placement,
     Usage,
 )
 from ai_assistant.errors import Cancelled, InternalError, InvalidArgument
@@ -118,7 +120,10 @@ class _Scripted:
         yield Finished(FinishReason.STOP, Usage(0, 0))
 
 
-def _open(_fd: int, _options: LoadOptions, _progress: Callable[[float], None], files: Mapping[str, int]) -> Engine:
+def _open(_fd: int, options: LoadOptions, _progress: Callable[[float], None], files: Mapping[str, int]) -> Engine:
+    if "dies_with" in options.extra:
+        options.extra["placing"](Placement(((str(options.extra["dies_with"]), 1),), {"cpu": 5}, 5))
+        os.kill(os.getpid(), signal.SIGKILL)
     return cast(Engine, ScriptedEngine({name: os.pread(fd, 64, 0) for name, fd in files.items()}))
 
 

@@ -10,6 +10,7 @@ import random
 import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ai_assistant.engines.contract import (
     FinishReason,
     GenerateRequest,
     LoadOptions,
+    Placement,
     TokenLogprob,
     ToolCall,
     Usage,
@@ -117,6 +119,41 @@ async def test_progress_and_the_model_arrive() -> None:
         assert steps == [0.0, 0.5, 1.0]
         with pytest.raises(InternalError):
             await client.load(0, LoadOptions())
+
+
+async def test_where_the_layers_are_arrives() -> None:
+    async with _pair(load=False) as (client, fake):
+        assert client.placement == Placement()
+        seen: list[Placement] = []
+        task = asyncio.create_task(client.load(0, LoadOptions(), lambda _: seen.append(client.placement)))
+        await fake.receive()
+        first = Placement((("cpu", 3), ("ggml:V", 2)), {"cpu": 5, "ggml:V": 7}, 5)
+        await fake.send({"id": 0, "event": "placing", "placement": asdict(first)})
+        await fake.send({"id": 0, "event": "progress", "value": 0})
+        last = Placement(warning="ggml:V not used")
+        await fake.send({"id": 0, "event": "loaded", "info": _INFO, "placement": asdict(last)})
+        await task
+        assert (seen, client.placement) == ([first], last)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parts": 5}, {"parts": [["a"]]}, {"parts": [["a", -1]]}, {"parts": [[5, 1]]}, {"parts": [["a", 1]] * 18},
+        {"parts": ["ab"]}, {"memory_bytes": []}, {"memory_bytes": {"a": -1}}, {"memory_bytes": {"a": "x"}},
+        {"memory_bytes": {str(each): 1 for each in range(18)}}, {"host_bytes": -1}, {"host_bytes": 1.5},
+        {"host_bytes": True}, {"warning": None}, {"more": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+async def test_a_worker_that_lies_about_devices(change: dict[str, Any]) -> None:
+    async with _pair(load=False) as (client, fake):
+        task = asyncio.create_task(client.load(0, LoadOptions()))
+        await fake.receive()
+        await fake.send({"id": 0, "event": "placing", "placement": {**asdict(Placement()), **change}})
+        with pytest.raises(WorkerCrashed):
+            await asyncio.wait_for(task, 5)
+        assert client.placement == Placement()
 
 
 async def test_errors_come_back_by_name() -> None:

@@ -111,6 +111,21 @@ async def test_an_idle_or_busy_worker_does_not_end_itself() -> None:
         assert isinstance((await all_events(client, "work 1"))[-1], Finished)
 
 
+async def test_a_driver_that_ends_the_worker_is_known_by_name() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = _spawn(theirs.fileno(), 60.0)
+    client = WorkerClient(ours)
+    try:
+        with pytest.raises(WorkerCrashed):
+            await client.load(ours.fileno(), LoadOptions(extra={"dies_with": "ggml:Vulkan0"}))
+        assert client.placement.devices == ("ggml:Vulkan0",)
+    finally:
+        await client.close()
+        process.kill()
+        await asyncio.to_thread(process.wait)
+
+
 async def test_a_broken_engine_ends_the_worker() -> None:
     async with scripted_worker() as (client, process):
         with pytest.raises(InternalError, match="the engine failed"):
