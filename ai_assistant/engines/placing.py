@@ -70,7 +70,7 @@ def decide(header: Gguf, options: LoadOptions) -> Placement:
     if intent.devices and all(each in ("cpu", "ggml:CPU") for each in intent.devices):
         return Placement()
     from ai_assistant.engines.gguf_layers import sizes_of
-    from ai_assistant.engines.split import split
+    from ai_assistant.engines.split import UNKNOWN_SPEED, split
 
     shape = gguf_rules.memory_shape(header)
     bad = sorted(set(without) & {f"ggml:{each}" for each in known})
@@ -80,8 +80,10 @@ def decide(header: Gguf, options: LoadOptions) -> Placement:
         return Placement(warning=warning)
     wanted = Intent(intent.mixed, intent.objective, remaining)
     host, others, missing = look(wanted, options.threads, without=bad)
-    told = [f"{name} not used: {why}" for name, why in missing.items()]
-    found = split(sizes_of(header, shape, options), host, others, wanted).taken
+    decided = split(sizes_of(header, shape, options), host, others, wanted)
+    found = decided.taken
+    unknown = {name: why for name, why in decided.left_out.items() if why == UNKNOWN_SPEED}
+    told = [f"{name} not used: {why}" for name, why in {**missing, **unknown}.items()]
     warning = "; ".join(filter(None, (warning, *told)))
     placed = Placement(found.parts, found.memory_bytes, found.host_bytes, warning)
     return placed if placed.devices else Placement(warning=warning)

@@ -21,6 +21,8 @@ __all__ = ["Candidate", "Layer", "ModelSizes", "Split", "SplitDevice", "split"]
 
 GAIN = 0.97
 """A division is taken if it takes at most this share of the best single device's time; as for ONNX graphs."""
+UNKNOWN_SPEED = "its speed is not known"
+"""Why a device is left out that should not be."""
 HOST_NAMES = ("cpu", "ggml:CPU")
 _MOST_DEVICES = 4
 """Beside the host; of more, the fastest. There are 64 orders of four."""
@@ -118,7 +120,7 @@ def split(model: ModelSizes, host: SplitDevice, others: Sequence[SplitDevice], i
     for each in list(devices):
         # Who is asked for by name alone is used however slow it may be.
         if not each.usable and (len(named) > 1 or not forced):
-            left_out[each.name] = "its speed is not known"
+            left_out[each.name] = UNKNOWN_SPEED
             devices.remove(each)
     if len(devices) > _MOST_DEVICES:
         fastest = sorted(devices, key=lambda each: -each.bytes_s)[:_MOST_DEVICES]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ai_assistant.engines import gguf_rules, llama, memory, placing
+from ai_assistant.engines import gguf_rules, llama, memory, native, placing
 from ai_assistant.engines.contract import Chunk, GenerateRequest, LoadOptions, Placement
 from ai_assistant.engines.gguf import Gguf, opened, read_gguf
 from ai_assistant.engines.gguf_layers import sizes_of
@@ -102,6 +102,35 @@ def test_memory_of_the_host_is_known_here() -> None:
     assert placing.available_bytes() > 1 << 20
 
 
+def test_what_goes_wrong_with_devices_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = header(gguf_writer.write_llama(tmp_path / "m.gguf"))
+    options = memory.settled(gguf_rules.memory_shape(model), LoadOptions(hetero_compute="ON"))
+    host = SplitDevice(name="cpu", free_bytes=1 << 33, flops_s=1e10, bytes_s=1e9, shares_host=True)
+    fast = SplitDevice(name="ggml:A", free_bytes=1 << 33, flops_s=1e12, bytes_s=1e12)
+    asked: list[Any] = []
+
+    def look(intent: Any, threads: int = 0, *, without: Any = ()) -> Any:
+        asked.append((intent, tuple(without)))
+        known = [each for each in (fast, SplitDevice(name="ggml:B", free_bytes=1 << 33)) if each.name not in without]
+        return host, known, {"ggml:C": "it does not open"}
+
+    monkeypatch.setattr(native, "devices", lambda: dict.fromkeys("ABC"))
+    monkeypatch.setattr(placing, "look", look)
+    found = placing.decide(model, options)
+    assert (found.parts, found.devices) == ((("ggml:A", 3),), ("ggml:A",))
+    assert found.warning == "ggml:C not used: it does not open; ggml:B not used: its speed is not known"
+    assert found.host_bytes == found.memory_bytes["cpu"] < memory.estimate(
+        gguf_rules.memory_shape(model), options
+    ).total_bytes  # fmt: skip
+    avoiding = replace(options, extra={"avoid_devices": ["ggml:A", "ggml:elsewhere"]})
+    avoided = placing.decide(model, avoiding)
+    assert avoided.parts == ()
+    assert avoided.warning.startswith("ggml:A not used: its driver ended a process with this model before; ")
+    assert [without for _, without in asked] == [(), ("ggml:A",)]
+    # Who asked for nothing else gets the processor.
+    assert placing.decide(model, replace(avoiding, hetero_compute="ggml:A")).parts == ()
+
+
 # ---- with it
 
 
@@ -131,8 +160,6 @@ def test_a_device_that_fails_leaves_the_model_on_the_processor(tiny: Path, monke
 def test_out_of_memory_there_is_tried_again_here_and_a_bad_model_fails_once_more(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ai_assistant.engines import native
-
     load, seen = native.load_model, []
 
     def full(fd: int, progress: Any, *, repack: bool = True, parts: Any = ()) -> Any:
@@ -156,8 +183,6 @@ def test_out_of_memory_there_is_tried_again_here_and_a_bad_model_fails_once_more
 @pytest.mark.engine
 @pytest.mark.parametrize("wish", ["", "OFF", "ON", "cpu", "ggml:CPU", "ggml", "performance"])
 def test_without_another_device_nothing_changes(tiny: Path, wish: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ai_assistant.engines import native
-
     monkeypatch.setattr(native, "devices", dict)
     with llama.LlamaEngine.open(tiny, _OPTIONS) as engine:
         expected = text(engine)
