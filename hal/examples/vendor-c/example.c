@@ -357,7 +357,8 @@ static ai_hal_status queue_submit(ai_hal_queue *queue, const ai_hal_submit_args 
     AI_HAL_NEED(args->program);
     ai_hal_program *p = args->program;
     uint32_t inputs = p->input_count, outputs = p->end_count - inputs;
-    if (args->input_count != inputs || args->output_count != outputs || p->context != queue->context)
+    if (args->input_count != inputs || args->output_count != outputs || p->context != queue->context ||
+        (inputs && !args->inputs) || (outputs && !args->outputs))
         return FAIL(INVALID_ARGUMENT, "the program has %u inputs, %u outputs, one context", inputs, outputs);
     ai_hal_event *made = ai_hal_event_new(p->end_count);
     if (!made) return FAIL(OUT_OF_MEMORY, "no memory for a submission");

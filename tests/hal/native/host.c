@@ -104,6 +104,8 @@ static void work(void) {
     REFUSED(AI_HAL_INVALID_ARGUMENT, api->queue_submit(first, &bad, &event, &error));
     bad.outputs = &middle, bad.inputs = &crooked;
     REFUSED(AI_HAL_INVALID_ARGUMENT, api->queue_submit(first, &bad, &event, &error));
+    bad.inputs = NULL;
+    REFUSED(AI_HAL_INVALID_ARGUMENT, api->queue_submit(first, &bad, &event, &error));
     bad.inputs = &in, bad.input_count = 0;
     REFUSED(AI_HAL_INVALID_ARGUMENT, api->queue_submit(first, &bad, &event, &error));
     EXPECT(!event);
