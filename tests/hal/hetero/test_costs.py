@@ -6,13 +6,15 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ai_assistant.errors import DeviceLost
+from ai_assistant.errors import BackendFailed, DeviceLost
 from ai_assistant.hal.graph import NO_VALUE, Attribute, DType, Graph, Node, TensorSpec, Value
+from ai_assistant.hal.hetero import measure
 from ai_assistant.hal.hetero.contract import Source
 from ai_assistant.hal.hetero.cost import ASSUMED_FLOPS_S, ASSUMED_LAUNCH_S, CostModel, between, signature
 from ai_assistant.hal.hetero.intent import parse
@@ -224,6 +226,55 @@ def test_a_device_that_fails_at_everything_keeps_its_estimates(tmp_path: Path) -
     device.before_run = lose
     with pytest.raises(DeviceLost):
         model.measure(graph, ["a"])
+
+
+def test_rates_with_constants_are_measured_once(tmp_path: Path) -> None:
+    inputs: list[int] = []
+    device = FakeDevice("a", before_run=lambda graph: inputs.append(len(graph.inputs)) if graph.nodes else None)
+    model = CostModel({"a": device}, versions={"a": "1"}, folder=tmp_path)
+    assert model.resident("a") == (0.0, 0.0)
+    assert model.moved_s("a") == 0.0
+    model.measure_resident(["a"])
+    operations, moved = model.resident("a")
+    assert min(operations, moved, model.moved_s("a")) > 0
+    # Two matrices come, or one is there.
+    assert set(inputs) == {1, 2}
+    runs = len(device.log)
+    again = CostModel({"a": device}, versions={"a": "1"}, folder=tmp_path)
+    again.measure_resident(["a"])
+    assert again.resident("a") == (operations, moved)
+    assert len(device.log) == runs
+    assert CostModel({"a": device}, versions={"a": "2"}, folder=tmp_path).resident("a") == (0.0, 0.0)
+
+
+def test_rates_with_constants_of_devices_that_cannot(tmp_path: Path) -> None:
+    without = FakeDevice("a", without=frozenset({"MatMul"}))
+    model = CostModel({"a": without}, folder=tmp_path)
+    model.measure_resident(["a"])
+    assert model.resident("a") == (0.0, 0.0)
+    failing = CostModel({"b": FakeDevice("b", compile_error=BackendFailed("no"))}, folder=tmp_path)
+    failing.measure_resident(["b"])
+    assert failing.resident("b") == (0.0, 0.0)
+    lost = CostModel({"c": FakeDevice("c", compile_error=DeviceLost("unplugged"))}, folder=tmp_path)
+    with pytest.raises(DeviceLost):
+        lost.measure_resident(["c"])
+
+
+def test_compiling_on_the_first_run_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    runs: list[str] = []
+
+    def run(graph: Graph) -> None:
+        now[0] += 0.25 if runs else 30.0
+        runs.append(graph.name)
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    device = FakeDevice("a", before_run=run)
+    queue = device.queue()
+    program = device.compile(one("Relu", [f32(4)], f32(4)))
+    assert measure.program_s(device, queue, program) == 0.25
+    assert len(runs) == 2
+    queue.close()
 
 
 def test_candidates_are_tried_for_real(tmp_path: Path) -> None:
