@@ -92,6 +92,7 @@ def model(name: str, **more: Any) -> dict[str, Variant]:
         "Transient": Variant("b", False),
         "Created": Variant("t", 1_750_000_000),
         "Error": Variant("s", ""),
+        "Warning": Variant("s", ""),
     }
     return {**values, **more}
 
