@@ -27,7 +27,8 @@ from ai_assistant.engines.contract import (
 )
 from ai_assistant.engines.gguf import Gguf, opened, read_gguf
 from ai_assistant.engines.grammar import grammar_of
-from ai_assistant.engines.placing import avoided, decide, intent_of
+from ai_assistant.engines.load_checks import MAX_QUEUED, check_memory, checked_options
+from ai_assistant.engines.placing import decide
 from ai_assistant.engines.user_text import Piece
 from ai_assistant.errors import (
     AIAssistantError,
@@ -39,9 +40,6 @@ from ai_assistant.errors import (
     OutOfMemory,
 )
 
-MAX_SEQUENCES = 64
-MAX_QUEUED = 64
-SPECULATIVE = ("auto", "off", "lookup", "draft")
 MAX_TOKENIZE = 4 << 20
 """Characters of a text that is only to be counted."""
 
@@ -76,9 +74,9 @@ class LlamaEngine:
             options = memory.settled(gguf_rules.memory_shape(header), options)
             placement = decide(header, options)
             if not placement.devices:
-                _check_memory(header, options, files)
+                check_memory(header, options, files)
                 return cls._load(fd, header, info, options, progress, files, placement)
-            _check_memory(header, options, files, placement.host_bytes)
+            check_memory(header, options, files, placement.host_bytes)
             _announce(options, placement)
             try:
                 return cls._load(fd, header, info, options, progress, files, placement)
@@ -87,7 +85,7 @@ class LlamaEngine:
                 names = ", ".join(placement.devices)
                 back = Placement(warning=f"{names} not used: loading failed there: {error.message[:300]}")
             _announce(options, back)
-            _check_memory(header, options, files)
+            check_memory(header, options, files)
             return cls._load(fd, header, info, options, progress, files, back)
 
     @classmethod
@@ -418,68 +416,10 @@ class LlamaGeneration:
         self.cancel()
 
 
-def checked_options(options: LoadOptions) -> LoadOptions:
-    """The options, if they make sense.
-
-    Raises:
-        InvalidArgument: with the option's name.
-    """
-    for name, low, high in (
-        ("context_length", 0, gguf_rules.MAX_CONTEXT),
-        ("sequences", 1, MAX_SEQUENCES),
-        ("threads", 0, 512),
-        ("batch_tokens", 1, 8192),
-        ("memory_limit_bytes", 0, 1 << 50),
-        ("kv_limit_bytes", 0, 1 << 50),
-        ("spill_memory_bytes", 0, 1 << 50),
-        ("spill_disk_bytes", 0, 1 << 50),
-    ):
-        value = getattr(options, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise InvalidArgument(f"{name} must be between {low} and {high}, not {value!r:.40}", param=name)
-    for name, words in (("kv_type", ("auto", "f16", "q8_0", "q4_0")), ("speculative", SPECULATIVE)):
-        if getattr(options, name) not in words:
-            raise InvalidArgument(f"{name} must be one of {', '.join(words)}", param=name)
-    intent_of(options)
-    avoided(options)
-    queued = options.extra.get("max_queued", MAX_QUEUED)
-    if isinstance(queued, bool) or not isinstance(queued, int) or not 0 <= queued <= 1024:
-        raise InvalidArgument("max_queued must be between 0 and 1024", param="max_queued")
-    return replace(options, batch_tokens=max(options.batch_tokens, options.sequences))
-
-
 def _announce(options: LoadOptions, placement: Placement) -> None:
     tell = options.extra.get("placing")
     if callable(tell):
         tell(placement)
-
-
-def _check_memory(
-    header: Gguf, options: LoadOptions, files: Mapping[str, int], placed_bytes: int | None = None
-) -> None:
-    """
-    Args:
-        placed_bytes: what the model takes of the host's memory where other devices have some of it.
-    """
-    limit = options.memory_limit_bytes
-    if not limit:
-        return
-    draft = None
-    if "draft" in files and options.speculative not in ("off", "lookup"):
-        smaller = read_gguf(files["draft"])
-        gguf_rules.check(smaller)
-        draft = gguf_rules.memory_shape(smaller)
-    shape = gguf_rules.memory_shape(header)
-    needed = memory.estimate(shape, options, draft).total_bytes
-    if placed_bytes is not None:
-        needed += placed_bytes - memory.estimate(shape, options).total_bytes
-    if needed > limit:
-        raise OutOfMemory(
-            f"the model needs about {needed >> 20} MiB ({header.weight_bytes >> 20} MiB of weights, "
-            f"{gguf_rules.kv_bytes(header, options) >> 20} MiB for {options.sequences} × {options.context_length} "
-            f"tokens); the limit is {limit >> 20} MiB",
-            hint="load with a smaller context_length or fewer sequences",
-        )
 
 
 def _grammar(request: GenerateRequest, forced: Sequence[Any]) -> str | None:

@@ -16,6 +16,7 @@ from ai_assistant.engines import gguf_rules, llama, memory, native, placing
 from ai_assistant.engines.contract import Chunk, GenerateRequest, LoadOptions, Placement
 from ai_assistant.engines.gguf import Gguf, opened, read_gguf
 from ai_assistant.engines.gguf_layers import sizes_of
+from ai_assistant.engines.load_checks import checked_options
 from ai_assistant.engines.split_cost import Costs, SplitDevice
 from ai_assistant.errors import InvalidArgument, InvalidModel, OutOfMemory
 from ai_assistant.hal.hetero.intent import OFF, Objective, parse
@@ -87,14 +88,14 @@ def test_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("text", ["maybe?", "on,off", "cpu,cpu", "x" * 2000, " "])
 def test_wishes_that_are_none(text: str) -> None:
     with pytest.raises(InvalidArgument) as error:
-        llama.checked_options(LoadOptions(hetero_compute=text))
+        checked_options(LoadOptions(hetero_compute=text))
     assert error.value.param == "hetero_compute"
 
 
 @pytest.mark.parametrize("names", [5, "ggml:Vulkan0", [5], ["x" * 201], ["a"] * 17, {"a": 1}])
 def test_lists_of_devices_that_are_none(names: Any) -> None:
     with pytest.raises(InvalidArgument) as error:
-        llama.checked_options(LoadOptions(extra={"avoid_devices": names}))
+        checked_options(LoadOptions(extra={"avoid_devices": names}))
     assert error.value.param == "avoid_devices"
 
 
