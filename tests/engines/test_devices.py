@@ -14,7 +14,7 @@ import pytest
 
 from ai_assistant.engines import gguf_rules, llama, memory, native, placing
 from ai_assistant.engines.contract import Chunk, GenerateRequest, LoadOptions, Placement
-from ai_assistant.engines.gguf import Gguf, opened, read_gguf
+from ai_assistant.engines.gguf import Array, Gguf, opened, read_gguf
 from ai_assistant.engines.gguf_layers import sizes_of
 from ai_assistant.engines.load_checks import checked_options
 from ai_assistant.engines.split_cost import Costs, SplitDevice
@@ -74,6 +74,33 @@ def test_without_repacking_and_with_a_tied_output(tmp_path: Path) -> None:
     assert not any(each.repacked_bytes for each in (*sizes.layers, sizes.output))
     costs = Costs(sizes, SplitDevice(name="cpu"), [], Objective.LATENCY)
     assert abs(costs.bytes_of(costs.host, 0, costs.places) - memory.estimate(shape, options).total_bytes) < 64
+
+
+def test_experts_and_layers_that_differ(tmp_path: Path) -> None:
+    model = header(gguf_writer.write_llama(tmp_path / "m.gguf", layers=3))
+    up = replace(model.tensors["blk.1.ffn_up.weight"], name="blk.1.ffn_up_exps.weight")
+    tensors = {name: each for name, each in model.tensors.items() if name != "blk.1.ffn_up.weight"}
+    dense = gguf_rules.memory_shape(model)
+    options = memory.settled(dense, LoadOptions(sequences=2))
+    sparse = replace(
+        model,
+        tensors={**tensors, up.name: up},
+        metadata={**model.metadata, "llama.expert_count": 8, "llama.expert_used_count": 2},
+    )
+    before, after = sizes_of(model, dense, options), sizes_of(sparse, dense, options)
+    assert (after.expert_share, before.expert_share) == (0.25, 1.0)
+    assert [each.expert_bytes for each in after.layers] == [0, up.size_bytes, 0]
+    assert before.layers[1].flops - after.layers[1].flops == 2 * up.elements * 0.75
+    assert after.layers[0] == before.layers[0]
+    # A layer without attention has a state instead of a cache; both are a sequence's own.
+    mixed = replace(
+        model, metadata={**model.metadata, "llama.attention.head_count_kv": Array(4, 3, values=(2, 0, 1))}
+    )  # fmt: skip
+    shape = replace(gguf_rules.memory_shape(mixed), state_bytes=4096)
+    caches = [each.cache_bytes for each in sizes_of(mixed, shape, options).layers]
+    assert caches[1] == 2 * 4096
+    assert caches[0] == 2 * caches[2] > 0
+    assert sum(caches) == memory.kv_bytes(shape, options)
 
 
 def test_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
