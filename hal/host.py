@@ -304,10 +304,12 @@ def _wake_gently() -> None:
 
     Whoever submits has something left to do: to return, and to let go of the interpreter, which this thread waits for
     first of all. Being interrupted for that costs both of them two changes of threads. With a processor to spare this
-    thread starts there and nothing changes.
+    thread starts there and nothing changes. One that must stay on some processors is left as it is: what it finds there
+    is not who woke it, but whatever else the machine does.
     """
     with contextlib.suppress(OSError):
-        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+        free = os.sched_getaffinity(0) == os.sched_getaffinity(os.getpid())
+        if free and os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 

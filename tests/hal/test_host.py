@@ -205,6 +205,15 @@ def test_a_queue_does_not_take_the_processor_from_whoever_submits(queue: HostQue
     assert (found, os.sched_getscheduler(0)) == ([os.SCHED_BATCH], os.SCHED_OTHER)
 
 
+def test_a_thread_that_must_stay_on_a_processor_is_left_as_it_is(
+    queue: HostQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda thread: {0, 1} if thread else {1})
+    found: list[int] = []
+    queue.callback(lambda: found.append(os.sched_getscheduler(0))).wait(30)
+    assert found == [os.SCHED_OTHER]
+
+
 def test_a_thread_that_may_not_change_how_it_is_scheduled_works(
     queue: HostQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
