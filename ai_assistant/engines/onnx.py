@@ -21,7 +21,7 @@ from ai_assistant.engines import memory
 from ai_assistant.engines.contract import EngineStats, GenerateRequest, Generation, LoadOptions, ModelInfo
 from ai_assistant.engines.gguf import opened
 from ai_assistant.engines.hetero import Wish
-from ai_assistant.engines.onnx_hetero import Divided
+from ai_assistant.engines.onnx_hetero import PLAN_BYTES, Divided
 from ai_assistant.engines.onnx_package import MODEL, Package, folder_package, is_archive, package_of
 from ai_assistant.engines.onnx_rules import Checked, Pooling, Task, check
 from ai_assistant.engines.onnx_session import Session
@@ -69,7 +69,7 @@ class OnnxEngine:
                 progress(0.1)
             session = Session(package.member(MODEL), checked.file, checked.plan, options.threads)
             # Read again, taken apart, put together for a device, and what that one makes of it.
-            needed = 2 * checked.file.size_bytes + checked.memory.compute_bytes
+            needed = 2 * checked.file.size_bytes + checked.memory.compute_bytes + PLAN_BYTES
             pad = checked.tokenizer.pad()
             divided = Divided(package.member(MODEL), checked.plan, options, pad=pad, needed_bytes=needed)
         engine = cls(checked, session, options, divided)

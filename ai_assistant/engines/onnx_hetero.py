@@ -63,6 +63,8 @@ RUN_S = 120.0
 """How long a batch may take on devices before they count as hung."""
 _MEASURE_S = 1.0
 """For measuring operators that are not known yet, of each plan."""
+PLAN_BYTES = 64 << 20
+"""What a plan takes beside the model: the libraries at the first one, threads, what a device compiled."""
 SESSION = "onnxruntime"
 """The device that the engine's own session is on."""
 _SESSION_NAMES = (SESSION, f"{SESSION}:CPUExecutionProvider")
