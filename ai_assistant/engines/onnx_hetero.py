@@ -293,7 +293,19 @@ class Divided:
                 ready.users = 1
                 self._kept.plans[key] = ready
             self._retire(lambda each: len(self._kept.plans) > MAX_PLANS)
+            self._weigh(ready)
             return ready
+
+    def _weigh(self, ready: Ready) -> None:
+        """What a device really takes for a plan is known afterwards only."""
+        if self._fits(0):
+            return
+        self._retire(lambda each: each is not ready)
+        if not self._fits(0):
+            used = resident_bytes()
+            self._retire(lambda each: each is ready, ready.devices)
+            self._release(ready)
+            raise self._too_large(f"takes {used} bytes in all")
 
     def _use(self, key: Key) -> Ready | None:
         with self._lock:
@@ -396,16 +408,18 @@ class Divided:
         Raises:
             OutOfMemory: not even without the other plans.
         """
+        if not self._fits(self._needed):
+            self._retire(lambda each: True)
+            if not self._fits(self._needed):
+                raise self._too_large(f"takes up to {self._needed} bytes beside {resident_bytes()}")
+
+    def _fits(self, more: int) -> bool:
         limit = self._options.memory_limit_bytes
-        if not limit or resident_bytes() + self._needed <= limit:
-            return
-        self.drop()
-        if (used := resident_bytes()) + self._needed > limit:
-            raise OutOfMemory(
-                f"dividing the model takes up to {self._needed} bytes beside {used}; it was given {limit}",
-                hint=f"leave {PARAM} out",
-                param=PARAM,
-            )
+        return not limit or resident_bytes() + more <= limit
+
+    def _too_large(self, what: str) -> OutOfMemory:
+        limit = self._options.memory_limit_bytes
+        return OutOfMemory(f"dividing the model {what}; it was given {limit}", hint=f"leave {PARAM} out", param=PARAM)
 
     def _release(self, ready: Ready) -> None:
         with self._lock:

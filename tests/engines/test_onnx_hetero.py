@@ -294,6 +294,28 @@ class TestFailures:
             assert caught.value.param == "hetero_compute"
             assert len(engine.embed(TEXTS)[0]) == len(TEXTS)
 
+    def test_a_plan_that_is_larger_than_thought(
+        self, folders: Path, cache: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from ai_assistant.engines import onnx_hetero
+
+        limit = 4 << 30
+        with opened(folders / "embed", memory_limit_bytes=limit) as engine:
+            wished(engine, "cpu")
+            # Room before it is made, too little afterwards, enough once the others are gone.
+            readings = iter([0, limit + 1, limit])
+            monkeypatch.setattr(onnx_hetero, "resident_bytes", lambda: next(readings))
+            assert wished(engine, "cpu", ["cat " * 40])[1] == ("cpu",)
+            assert next(readings, None) is None
+            assert engine._divided.count == (1, 1)
+            readings = iter([0, limit + 1, limit + 1, limit + 5])
+            with pytest.raises(OutOfMemory, match=f"takes {limit + 5} bytes in all; it was given {limit}"):
+                wished(engine, "cpu")
+            assert next(readings, None) is None
+            assert engine._divided.count == (0, 0)
+            monkeypatch.setattr(onnx_hetero, "resident_bytes", lambda: 0)
+            assert wished(engine, "cpu")[1] == ("cpu",)
+
     def test_a_closed_engine(self, folders: Path, cache: None) -> None:
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
         engine = opened(folders / "embed")
