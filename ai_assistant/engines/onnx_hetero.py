@@ -463,7 +463,7 @@ class Divided:
         """Close plans, and the sets of devices that are forgotten and that nothing uses any more."""
         for each in plans:
             if each.executor is not None:
-                with contextlib.suppress(AIAssistantError):
+                with contextlib.suppress(AIAssistantError, OSError):
                     each.executor.close()
                 each.executor = None
         with self._lock:
@@ -474,7 +474,8 @@ class Divided:
             for one in closing:
                 one.closed = True
         for one in closing:
-            with contextlib.suppress(AIAssistantError):
+            # A backend in a process of its own may not be ended here: a worker may signal nobody.
+            with contextlib.suppress(AIAssistantError, OSError):
                 one.opened.close()
         if plans or closing:
             _trim()
