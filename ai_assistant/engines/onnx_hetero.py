@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import os
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ai_assistant.engines.allowance import Allowance
 from ai_assistant.engines.contract import LoadOptions
 from ai_assistant.engines.hetero import PARAM, Wish
 from ai_assistant.engines.native import default_threads
@@ -35,7 +35,6 @@ from ai_assistant.engines.trimming import resident_bytes
 from ai_assistant.errors import (
     AIAssistantError,
     BackendFailed,
-    Busy,
     Cancelled,
     DeviceLost,
     InvalidArgument,
@@ -57,8 +56,6 @@ ROWS = 8
 LEAST_TOKENS = 32
 MAX_PLANS = 8
 MAX_SETS = 3
-PLANNING_S = 30.0
-SHARE = 0.1
 RUN_S = 120.0
 """How long a batch may take on devices before they count as hung."""
 _MEASURE_S = 1.0
@@ -71,33 +68,6 @@ _SESSION_NAMES = (SESSION, f"{SESSION}:CPUExecutionProvider")
 _COMPUTES_NOTHING = "null"
 Shape = tuple[int, int]
 Key = tuple[str, Shape]
-
-
-class Allowance:
-    """Seconds that may be spent: so many at once, and a share of the time that passes.
-
-    Args:
-        clock: seconds, never going back.
-    """
-
-    def __init__(self, seconds: float = PLANNING_S, share: float = SHARE, clock: Callable[[], float] = time.monotonic):
-        self._most, self._share, self.clock = seconds, share, clock
-        self._left, self._at = seconds, clock()
-
-    def check(self) -> None:
-        """Raises Busy: everything is spent."""
-        now = self.clock()
-        self._left = min(self._most, self._left + (now - self._at) * self._share)
-        self._at = now
-        if self._left <= 0:
-            raise Busy(
-                "too many ways to divide this model were asked for lately",
-                hint=f"use the same {PARAM} for all requests, or try again in {-self._left / self._share + 1:.0f} s",
-                param=PARAM,
-            )
-
-    def spend(self, seconds: float) -> None:
-        self._left -= seconds
 
 
 @dataclass(eq=False, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ai_assistant.engines.allowance import Allowance
 from ai_assistant.engines.contract import LoadOptions
 from ai_assistant.engines.hetero import Wish, honour, reader
 from ai_assistant.engines.onnx import OnnxEngine
@@ -21,7 +22,6 @@ from ai_assistant.engines.onnx_hetero import (
     MAX_SETS,
     ROWS,
     SESSION,
-    Allowance,
     Divided,
     bucket,
 )
