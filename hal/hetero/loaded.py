@@ -14,6 +14,7 @@ from ai_assistant.hal.contract import Event, Program, Queue, Tensor
 from ai_assistant.hal.graph import Array, TensorSpec
 from ai_assistant.hal.hetero.plans import Part, Plan
 from ai_assistant.hal.hetero.transfer import host_array, shared
+from ai_assistant.hal.host import HostQueue
 
 DRAIN_S = 30.0
 """How long a device may take to end what it was given before its queue counts as hung."""
@@ -90,6 +91,8 @@ class Loaded:
         self.slots: list[Slot] = []
         self.in_flight = 0
         self.retired = False
+        self._last: dict[int, Event] = {}
+        """Of each stage: its end in the request before."""
         self._specs = {index: plan.graph.values[index].spec for index in range(len(plan.graph.values))}
         try:
             for part in plan.parts:
@@ -168,14 +171,25 @@ class Loaded:
                 else:
                     given.append(self._value(slot, index, device, arrived, fetched, steps))
             with asking(device):
+                self._in_turn(number, queue)
                 if number:
                     queue.callback(gate)
                 outputs = self._outputs(slot, stage, given)
-                ended[number] = queue.submit(stage.program, given, outputs)
+                ended[number] = self._last[number] = queue.submit(stage.program, given, outputs)
             steps.append(Step(device, ended[number]))
             for index in stage.fetched:
                 fetched[index] = self._fetch(slot, index, device)
                 steps.append(Step(device, fetched[index]))
+
+    def _in_turn(self, number: int, queue: Queue) -> None:
+        """Have a stage wait for the same one of the request before, where a thread of the host does the work.
+
+        Threads share a processor: without this the requests in flight end each stage at the same moment, and all wait
+        for the next device while this one has nothing to do. The other request's failure is none of this one.
+        """
+        before = self._last.get(number)
+        if before is not None and not before.done and isinstance(queue, HostQueue):
+            queue.callback(partial(_over, before))
 
     def _fetch(self, slot: Slot, index: int, device: str) -> Event:
         """Bring a value into the host's memory, after the part that makes it."""
@@ -320,6 +334,11 @@ def _await(queue: Queue, event: Event) -> None:
     except (InvalidArgument, NotSupported):
         # A queue that knows only its own backend's events waits on the host.
         queue.callback(event.wait)
+
+
+def _over(event: Event) -> None:
+    with contextlib.suppress(AIAssistantError):
+        event.wait()
 
 
 def _gate(cancelled: Callable[[], bool]) -> None:

@@ -155,6 +155,44 @@ def test_requests_follow_each_other_through_a_pipeline() -> None:
         same(runs[0].result(20), graph, X)  # again is no error
 
 
+def test_a_stage_has_its_device_for_itself() -> None:
+    """Shared, all requests in flight would end it at the same moment, and then all wait for the next device."""
+    contexts = two()
+    graph = chain(*["Tanh"] * 20)
+    found = divided(graph, contexts, "performance")
+    gate = Gate()
+    contexts[found.parts[0].device].before_run = gate
+    with Executor(found, depth=3) as executor:
+        runs = [executor.submit([X + number]) for number in range(3)]
+        assert gate.waiting.acquire(timeout=20)
+        assert not gate.waiting.acquire(timeout=0.2)
+        gate.open.set()
+        for number, run in enumerate(runs):
+            same(run.result(20), graph, X + number)
+
+
+def test_requests_in_turn_do_not_fail_of_each_other() -> None:
+    contexts = two()
+    graph = chain(*["Tanh"] * 20)
+    found = divided(graph, contexts, "performance")
+    gate, calls = Gate(), iter(range(9))
+
+    def fail_first(part: Graph) -> None:
+        number = next(calls)
+        gate(part)
+        if not number:
+            raise ZeroDivisionError("by design")
+
+    contexts[found.parts[0].device].before_run = fail_first
+    with Executor(found, depth=3) as executor:
+        runs = [executor.submit([X + number]) for number in range(3)]
+        gate.open.set()
+        with pytest.raises(BackendFailed, match="by design"):
+            runs[0].result(20)
+        for number in (2, 1):
+            same(runs[number].result(20), graph, X + number)
+
+
 def test_many_threads() -> None:
     graph = branches(4)
     wrong: list[int] = []
