@@ -184,8 +184,8 @@ def _descriptor() -> int:
 
 class HostEvent(Event):
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
+        self._waiting: list[threading.Lock] = []
+        """A lock for each who waits, so that all wake at the same time and not one after the other."""
         self._done = False
         self._fd = -1
         self.error: AIAssistantError | None = None
@@ -197,7 +197,8 @@ class HostEvent(Event):
     def finish(self, error: AIAssistantError | None = None) -> None:
         self.error = error
         self._done = True
-        self._lock.release()
+        for each in self._waiting:
+            each.release()
         if self._fd >= 0:
             os.eventfd_write(self._fd, 1)
 
@@ -216,9 +217,12 @@ class HostEvent(Event):
 
     def wait(self, timeout_s: float | None = None) -> None:
         if not self._done:
-            if not self._lock.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s)):
+            lock = threading.Lock()
+            lock.acquire()
+            self._waiting.append(lock)
+            # Who came after `finish` had looked sees that it is done.
+            if not self._done and not lock.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s)):
                 raise Timeout(f"the device has not finished within {timeout_s} s")
-            self._lock.release()  # the others who wait
         if self.error is not None:
             raise self.error
 
