@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import CodeType
 
 from ai_assistant.errors import AIAssistantError, BackendFailed, InvalidConfig, NotSupported
 from ai_assistant.hal import backends as built_in
@@ -127,6 +129,14 @@ def _remote(path: Path, *, name: str = "", loss: bool = False, memory_bytes: int
     return RemoteBackend(str(path), name=name, limits=Limits(memory_bytes=memory_bytes), loss=loss)
 
 
+class _FromSource(SourceFileLoader):
+    """Runs what the file says. Bytecode beside it may be somebody else's than the file that was checked."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
+
+
 def _load_file(path: Path) -> Backend:
     if path.suffix == ".so":
         from ai_assistant.hal.native import NativeBackend
@@ -134,12 +144,11 @@ def _load_file(path: Path) -> Backend:
         return NativeBackend(path)
     if path.suffix != ".py":
         raise NotSupported(f"{path.name} is neither a shared library (.so) nor a Python file (.py)")
-    description = importlib.util.spec_from_file_location(f"_ai_assistant_backend_{path.stem}", path)
-    if description is None or description.loader is None:
-        raise NotSupported(f"{path.name} cannot be loaded")
-    module = importlib.util.module_from_spec(description)
+    name = f"_ai_assistant_backend_{path.stem}"
+    loader = _FromSource(name, str(path))
+    module = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=str(path)))
     try:
-        description.loader.exec_module(module)
+        loader.exec_module(module)
     except AIAssistantError:
         raise
     except Exception as error:

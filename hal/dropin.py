@@ -117,11 +117,14 @@ def check_owner(path: Path, *, owner: int = 0) -> None:
         NotAuthorized: which file or folder others can write to.
         OSError: it is not there.
     """
-    for each in _steps(path):
+    # What lies beside a file is loaded with it: libraries, modules, bytecode. Nobody else may put something there.
+    steps = list(_steps(path))
+    beside = {path.absolute().parent.resolve(), steps[-1].parent}
+    for each in steps:
         about = each.lstat()
         # Who may change a link is decided by its folder; in a folder such as /tmp, only its owner and root.
         others = 0 if stat.S_ISLNK(about.st_mode) else about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        sticky = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
+        sticky = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX and each not in beside
         if about.st_uid not in (0, owner) or (others and not sticky):
             raise NotAuthorized(
                 f"{each} can be written by others than root, so {path.name} is not believed",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import py_compile
 from importlib import metadata
 from pathlib import Path
 
@@ -145,6 +147,35 @@ def test_what_others_can_write_is_not_believed(tmp_path: Path, code: Path) -> No
             assert "x" not in discovery.discover([tmp_path / "d"], owner=ME).backends
         place.chmod(before)
     dropin.read(path, owner=ME)
+
+
+def test_a_folder_as_tmp_may_be_on_the_way_but_not_hold_the_code(tmp_path: Path, code: Path) -> None:
+    """Others may put libraries, modules and bytecode beside it."""
+    path = _write(tmp_path / "d", "x.toml", f'python = "{code}"\n')
+    tmp_path.chmod(0o1777)
+    dropin.read(path, owner=ME)
+    for folder in (code.parent, path.parent):
+        folder.chmod(0o1777)
+        with pytest.raises(NotAuthorized, match="written by others"):
+            dropin.read(path, owner=ME)
+        folder.chmod(0o755)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    (tmp_path / "shared" / "link.py").symlink_to(code)
+    with pytest.raises(NotAuthorized, match="shared"):
+        dropin.read(_write(tmp_path / "d", "y.toml", f'python = "{tmp_path}/shared/link.py"\n'), owner=ME)
+
+
+def test_bytecode_beside_a_file_is_not_run(tmp_path: Path) -> None:
+    file = tmp_path / "backend.py"
+    forged = Path(importlib.util.cache_from_source(str(file)))
+    forged.parent.mkdir()
+    file.write_text("raise RuntimeError('forged')\n")
+    py_compile.compile(str(file), str(forged), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    file.write_text(VENDOR.read_text())
+    path = _write(tmp_path / "d", "x.toml", f'python = "{file}"\ntrusted = true\n')
+    assert discovery.discover([path.parent], owner=ME).backends["x"].probe()
+    assert list(forged.parent.iterdir()) == [forged]
 
 
 def test_a_link_to_what_others_can_write_is_not_believed(tmp_path: Path, code: Path) -> None:
