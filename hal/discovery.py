@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType
 
@@ -146,7 +146,10 @@ def _load_file(path: Path) -> Backend:
         raise NotSupported(f"{path.name} is neither a shared library (.so) nor a Python file (.py)")
     name = f"_ai_assistant_backend_{path.stem}"
     loader = _FromSource(name, str(path))
-    module = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=str(path)))
+    # A location gives the module its __file__.
+    description = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert description is not None  # None is for want of a loader
+    module = importlib.util.module_from_spec(description)
     try:
         loader.exec_module(module)
     except AIAssistantError:
