@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from ai_assistant.errors import InvalidArgument, InvalidModel, NotSupported, OutOfMemory
 from ai_assistant.hal.graph import NO_VALUE, Array, Attribute, DType, Graph, Node, TensorSpec, Value
 from ai_assistant.hal.onnx_inference import STANDARD, infer
+from ai_assistant.hal.operators import NEWEST_OPSET
 
 MAX_BYTES = (1 << 31) - 1
 """What protocol buffers can hold."""
@@ -22,8 +24,6 @@ MAX_NODES = 100_000
 MAX_TENSORS = 100_000
 MAX_RANK = 8
 MAX_CONSTANT_BYTES = 1 << 34
-MAX_OPSET = 22
-"""Of the standard domain: what ONNX 1.17 knows."""
 
 _DTYPES = {
     1: DType.F32, 2: DType.U8, 3: DType.I8, 4: DType.U16, 5: DType.I16, 6: DType.I32, 7: DType.I64, 9: DType.BOOL,
@@ -74,10 +74,12 @@ def write(graph: Graph) -> bytes:
     """The graph as an ONNX model. Its inputs are named i0, i1, …, its outputs o0, o1, …
 
     Raises:
-        NotSupported: the type of an input or output is not known.
+        NotSupported: the type of an input or output is not known, or no operator set has all of its operators in the
+            versions that they are of.
     """
     from onnx import helper, numpy_helper
 
+    opsets = _covering(graph)
     names = [f"v{index}" for index in range(len(graph.values))]
     for number, index in enumerate(graph.inputs):
         names[index] = f"i{number}"
@@ -102,15 +104,42 @@ def write(graph: Graph) -> bytes:
             [_info(f"o{number}", graph.spec(index)) for number, index in enumerate(graph.outputs)],
             [_tensor(value, names[index]) for index, value in enumerate(graph.values) if value.data is not None],
         ),
-        opset_imports=[
-            helper.make_opsetid(domain, version) for domain, version in ({"": 17} | dict(graph.opsets)).items()
-        ],
+        opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
         ir_version=10,
     )
     if made.ByteSize() > MAX_BYTES:
         raise NotSupported("the graph is larger than the 2 GB that an ONNX file can hold")
     content: bytes = made.SerializeToString(deterministic=True)
     return content
+
+
+def _covering(graph: Graph) -> dict[str, int]:
+    """Operator sets in which every node means what its version says: those of the graph, or newer ones."""
+    opsets = {"": 17} | dict(graph.opsets)
+    for node in graph.nodes:
+        opsets[node.domain] = max(opsets.get(node.domain, 1), node.version)
+    standard = opsets[""]
+    for node in graph.nodes:
+        if node.domain:
+            continue
+        if node.version > NEWEST_OPSET:
+            raise NotSupported(f"{node} is newer than what is known: versions up to {NEWEST_OPSET} are")
+        if (since := _since(node.op, standard)) > node.version:
+            raise NotSupported(
+                f"{node} means something else in operator set {standard}, where it is of version {since}"
+            )
+    return opsets
+
+
+@lru_cache(4096)  # names come from files
+def _since(op: str, opset: int) -> int:
+    """The version of an operator that is meant in an operator set; 0 where it has none of that name."""
+    from onnx import defs
+
+    try:
+        return int(defs.get_schema(op, opset).since_version)
+    except defs.SchemaError:
+        return 0
 
 
 def output_specs(graph: Graph, inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -151,8 +180,8 @@ def _opsets(model: Any) -> dict[str, int]:
             raise InvalidModel(f"the model names two versions of the operators of {domain or 'ONNX'!r}")
     if not opsets.get(""):
         opsets[""] = 1
-    if not 1 <= opsets[""] <= MAX_OPSET:
-        raise NotSupported(f"the model uses operators of version {opsets['']}; up to {MAX_OPSET} works")
+    if not 1 <= opsets[""] <= NEWEST_OPSET:
+        raise NotSupported(f"the model uses operators of version {opsets['']}; up to {NEWEST_OPSET} works")
     return opsets
 
 

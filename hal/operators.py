@@ -6,10 +6,14 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ai_assistant.errors import AlreadyExists, NotSupported
 from ai_assistant.hal.graph import NO_VALUE, Array, DType, Graph, Node
 
 ROW_MAJOR = "row-major"
+NEWEST_OPSET = 22
+"""The newest version of ONNX's own operators that anybody could know of when this was written."""
 Check = Callable[[Node, Graph], str]
 """Says why a node cannot be run although its operator and type can; "" when it can."""
 Kernel = Callable[[Node, list[Any]], tuple[Array, ...]]
@@ -35,7 +39,8 @@ class Operator:
     """What is declared of an operator.
 
     Args:
-        since, until: the versions whose meaning is implemented; until 0 means every later one that is known now.
+        since, until: the versions whose meaning is implemented; until 0 means every later one that is known now
+            (of ONNX's own operators, to NEWEST_OPSET).
         data_input: the input whose type `dtypes` speaks of.
     """
 
@@ -48,6 +53,10 @@ class Operator:
     data_input: int = 0
     check: Check | None = None
     kernel: Kernel | None = None
+
+    def means(self, version: int) -> bool:
+        """Whether that version is one of those declared."""
+        return self.since <= version <= (self.until or (version if self.domain else NEWEST_OPSET))
 
 
 class OperatorRegistry:
@@ -71,6 +80,12 @@ class OperatorRegistry:
     ) -> None:
         """Declare that an operator is run.
 
+        Args:
+            op, dtypes, layouts, since, until, domain, data_input: as in `Operator`.
+            check: says why a node cannot be run nevertheless; `same`, `broadcast`, `matmul` and what `makes` makes
+                are there. Without one, a node whose shapes contradict its operator is declared supported.
+            kernel: computes one node on the host.
+
         Raises:
             AlreadyExists: another entry covers some of the same versions.
         """
@@ -84,7 +99,7 @@ class OperatorRegistry:
     def find(self, node: Node) -> Operator | None:
         """The entry for that operator in that version."""
         for entry in self._operators.get((node.domain, node.op), ()):
-            if entry.since <= node.version <= (entry.until or node.version):
+            if entry.means(node.version):
                 return entry
         return None
 
@@ -118,3 +133,53 @@ class OperatorRegistry:
 
     def __len__(self) -> int:
         return len(self._operators)
+
+
+def makes(inputs: int, shape: Callable[..., tuple[int, ...]]) -> Check:
+    """A check for operators that take so many tensors and make one, all of the same type.
+
+    A graph merely says what shapes its values have. Nobody before the backend compares that with what its operators
+    make of their inputs, and a kernel that trusts it writes where it should not.
+
+    Args:
+        shape: gives the output's shape, given one shape per input. It raises ValueError where there is none.
+    """
+
+    def check(node: Node, graph: Graph) -> str:
+        indices = (*node.inputs, *node.outputs)
+        if len(node.inputs) != inputs or len(node.outputs) != 1 or NO_VALUE in indices:
+            return f"{node} is implemented for {inputs} input{'s' * (inputs != 1)} and one output"
+        specs = [graph.spec(index) for index in indices]
+        if len({spec.dtype for spec in specs}) > 1:
+            return f"{node} is not implemented for {', '.join(map(str, specs))}: mixed types"
+        *given, made = (spec.sizes for spec in specs)
+        try:
+            right = shape(*given)
+        except ValueError as error:
+            return f"{node}: {error}"
+        return "" if right == made else f"{node} makes the shape {right} here, and the graph says {made}"
+
+    def named(node: Node, graph: Graph) -> str:
+        try:
+            return check(node, graph)
+        except NotSupported as error:  # a type or a size that is not known
+            return error.message
+
+    return named
+
+
+def _matmul(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    if not a or not b:
+        raise ValueError("a single number is no matrix")
+    rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
+    if a[-1] != (b[-2] if len(b) > 1 else b[0]):
+        raise ValueError(f"matrices {a} and {b} do not fit")
+    return (*np.broadcast_shapes(a[:-2], b[:-2]), *rows, *columns)
+
+
+same = makes(1, lambda x: x)
+"""One input, and an output like it."""
+broadcast = makes(2, np.broadcast_shapes)
+"""Two inputs that are broadcast as NumPy does."""
+matmul = makes(2, _matmul)
+"""Matrices, or stacks of them; a vector is a row on the left and a column on the right."""

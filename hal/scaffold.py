@@ -165,7 +165,8 @@ clean:
 
 _PYTHON_STEPS = """\
 1. **Operators.** Each `register` says an operator's name, its types and the versions whose meaning you implement.
-   What cannot be done is said in a `check`, with the reason. Begin with one operator.
+   What cannot be done is said in a `check`, with the reason: shapes that contradict the operator, too, since nobody
+   looks for them before you (`same`, `broadcast`, `matmul` and `makes` do). Begin with one operator.
 2. **Program.** `compile` gets a graph: plain data, see `ai_assistant.hal.graph`. Hand it to your compiler here.
 3. **Context.** Memory and queues. Those of the host are given; replace them when your device has its own.
 4. **Backend.** `probe` looks for your device, and says what is missing and what helps when it is not there."""
@@ -175,6 +176,8 @@ _C_STEPS = """\
    AI_HAL_UNAVAILABLE with a hint that names the package: that is no failure.
 2. **Memory** (`ai_hal_host_…` in the table). The host's, to begin with. Count bytes exactly.
 3. **Operators** (`read_node`, `KERNELS`). Which nodes can be run, why others cannot, and the kernels. Keep the reasons.
+   The kit reads thirteen operators; one of your own is read before them, by `ai_hal_read_like` or
+   `ai_hal_read_operands`.
 4. **Programs** (`compile`, `run`). A graph is plain structures, see `ai_hal.h`. Hand it to your compiler here.
 5. **Queues** (`serve`, `queue_submit`). A thread each, to begin with; replace them by your driver's.
 

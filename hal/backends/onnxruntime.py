@@ -89,12 +89,14 @@ def _errors(doing: str) -> Iterator[None]:
         text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text)[:300]
         if "alloc" in text.lower() and ("failed" in text.lower() or "bad" in text.lower()):
             raise OutOfMemory(f"{doing}: {text}") from error
-        if kind == "NotImplemented" or "assigned to the default CPU EP" in text:
+        never = ("assigned to the default CPU EP", "is not a registered function/op")
+        if kind == "NotImplemented" or any(each in text for each in never):
             raise NotSupported(f"{doing}: {text}") from error
         if kind in ("InvalidGraph", "InvalidProtobuf"):
             raise InvalidModel(f"{doing}: {text}") from error
         # Of a run with bound tensors it says no kind; these are about what it was given.
-        if kind == "InvalidArgument" or "invalid dimensions" in text or "out of data bounds" in text:
+        given = ("invalid dimensions", "invalid rank", "out of data bounds")
+        if kind == "InvalidArgument" or any(each in text.lower() for each in given):
             raise InvalidArgument(f"{doing}: {text}") from error
         raise BackendFailed(f"{doing}: {text}") from error
 
@@ -299,7 +301,8 @@ def _question(node: Node, graph: Graph) -> object:
         for name, value in sorted(node.attributes.items())
     )
     opsets = tuple(sorted(graph.opsets.items()))
-    return node.domain, node.op, opsets, attributes, *(of(index) for index in (*node.inputs, NO_VALUE, *node.outputs))
+    values = (of(index) for index in (*node.inputs, NO_VALUE, *node.outputs))
+    return node.domain, node.op, node.version, opsets, attributes, *values
 
 
 class OnnxRuntimeBackend(Backend):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from ai_assistant.errors import AIAssistantError, InvalidArgument, InvalidModel, NotSupported
 from ai_assistant.hal.conformance.case import CaseFailed, Cases, Unsupported, expect
-from ai_assistant.hal.conformance.subject import Subject, refused, single
+from ai_assistant.hal.conformance.subject import WAIT_S, Subject, refused, single
 from ai_assistant.hal.contract import Capabilities, Probe, Tensor
-from ai_assistant.hal.graph import DType, Graph, Node, TensorSpec, Value
+from ai_assistant.hal.graph import NO_VALUE, DType, Graph, Node, TensorSpec, Value
 from ai_assistant.hal.operators import Support
 
 CASES = Cases()
@@ -147,6 +149,7 @@ def supports_unknown(subject: Subject) -> None:
         for graph in (
             _alone("NoSuchOperator", 1),
             _alone("Relu", 14, "com.example.unknown"),
+            _alone("Relu", 99),
             _alone("Relu\x00", 14),
             _alone("", 1),
             _alone("x" * 10000, 1),
@@ -190,6 +193,47 @@ def supports_odd(subject: Subject) -> None:
                     f"an odd {node.op} ended in {type(error).__name__}: {str(error)[:120]}, which is no named error"
                 )
                 raise CaseFailed(message) from error
+
+
+_CONTRADICTIONS = (
+    ("an output that is longer", Node("Relu", 14, (0,), (1,)), ((2,), (3,))),
+    ("an output that is shorter", Node("Relu", 14, (0,), (1,)), ((3,), (2,))),
+    ("an output of more dimensions", Node("Add", 14, (0, 1), (2,)), ((2,), (2,), (4, 2))),
+    ("inputs that cannot be broadcast", Node("Mul", 14, (0, 1), (2,)), ((2,), (3,), (3,))),
+    ("an output before it is broadcast", Node("Add", 14, (0, 1), (2,)), ((2, 1), (3,), (2, 1))),
+    ("matrices that do not fit", Node("MatMul", 13, (0, 1), (2,)), ((2, 3), (2, 3), (2, 3))),
+    ("an input that is missing", Node("Add", 14, (0, NO_VALUE), (1,)), ((2,), (2,))),
+    ("a type of its own", Node("Add", 14, (0, 1), (2,)), ((2,), (2,), (2,))),
+)
+"""Nodes that say what cannot be; the shapes of their values, all of which are f32 but the second of the last."""
+
+
+@CASES.case("L1.supports.shapes")
+def supports_shapes(subject: Subject) -> None:
+    """Nodes whose inputs and outputs contradict the operator are refused, at the latest when they run."""
+    kinds = (NotSupported, InvalidArgument, InvalidModel)
+    with subject.context() as context:
+        queue = context.queue()
+        for what, node, shapes in _CONTRADICTIONS:
+            mixed = what == "a type of its own"
+            types = [DType.I32 if mixed and number == 1 else DType.F32 for number in range(len(shapes))]
+            specs = [TensorSpec(dtype, shape) for dtype, shape in zip(types, shapes, strict=True)]
+            values = tuple(Value(f"v{number}", spec) for number, spec in enumerate(specs))
+            last = len(specs) - 1
+            graph = Graph(values, (node,), tuple(range(last)), (last,))
+            if not context.supports(node, graph):
+                continue
+
+            def work(graph: Graph = graph, specs: Sequence[TensorSpec] = specs) -> None:
+                program = context.compile(graph)
+                inputs = [context.allocator.upload(np.ones(spec.sizes, spec.dtype.numpy)) for spec in specs[:-1]]
+                queue.submit(program, inputs, [context.allocator.tensor(specs[-1])]).wait(WAIT_S)
+
+            try:
+                refused(kinds, f"{node.op} with {what}", work)
+            finally:
+                with contextlib.suppress(AIAssistantError):
+                    queue.synchronize(WAIT_S)
 
 
 @CASES.case("L1.load")

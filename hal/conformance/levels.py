@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
+from ai_assistant.hal.conformance import VERSION
 from ai_assistant.hal.conformance.case import Outcome, Result
 
 PROFILE_PREFIX = "L3.profile."
@@ -12,11 +13,11 @@ PROFILE_SIZE = 12
 MODELS = ("L4.cnn", "L4.minilm", "L4.soak", "L4.transformer")
 RUNTIME = (
     "L1.allocate.arguments", "L1.capabilities", "L1.foreign", "L1.identity", "L1.load", "L1.open.again",
-    "L1.open.unknown", "L1.probe", "L1.submit.arguments", "L1.supports.odd", "L1.supports.unknown", "L2.adopt",
-    "L2.alignment", "L2.allocate", "L2.asynchronous", "L2.bounds", "L2.close", "L2.copy", "L2.copy.outside",
-    "L2.events", "L2.exhausted", "L2.failure", "L2.free", "L2.free.unowned", "L2.leak", "L2.leak.programs",
-    "L2.limits", "L2.offset", "L2.order", "L2.queues.beside", "L2.queues.limit", "L2.run", "L2.stress",
-    "L2.threads", "L2.view",
+    "L1.open.unknown", "L1.probe", "L1.submit.arguments", "L1.supports.odd", "L1.supports.shapes",
+    "L1.supports.unknown", "L2.adopt", "L2.alignment", "L2.allocate", "L2.asynchronous", "L2.bounds",
+    "L2.close", "L2.copy", "L2.copy.outside", "L2.descriptor", "L2.events", "L2.exhausted", "L2.failure",
+    "L2.free", "L2.free.unowned", "L2.leak", "L2.leak.programs", "L2.limits", "L2.offset", "L2.order",
+    "L2.queues.beside", "L2.queues.limit", "L2.run", "L2.stress", "L2.threads", "L2.view",
 )  # fmt: skip
 """Without these cases a report shows nothing, whatever it says. A test holds the lists against the suite."""
 LIBRARY = (
@@ -24,6 +25,8 @@ LIBRARY = (
     "L1.abi.null", "L1.abi.errors", "L1.abi.outside", "L1.abi.probe",
 )  # fmt: skip
 """The same of a shared library."""
+ADDED: Mapping[str, int] = {"L1.supports.shapes": 1, "L2.descriptor": 1}
+"""With which minor version of the suite a case came: reports of older ones count without it."""
 MIN_OPERATORS = 60
 """How many different operators a report for silver must have tried, supported or not."""
 
@@ -47,17 +50,22 @@ class Level(StrEnum):
         return {"none": 1, "bronze": 2, "silver": 3, "gold": 4}[self.value]
 
 
-def reached(results: Sequence[Result], *, reproduced: bool, library: bool = False) -> tuple[Level, str]:
+def reached(
+    results: Sequence[Result], *, reproduced: bool, library: bool = False, suite: str = VERSION
+) -> tuple[Level, str]:
     """The highest level that results earn, and what keeps them from the next.
 
     Args:
         reproduced: the suite ran twice, and the outcomes were the same.
         library: what was tested is a shared library, so that its ABI must have been.
+        suite: the version that the results are of.
     """
     by_name = {result.case: result for result in results}
     if len(by_name) != len(results):
         return Level.NONE, "a case is there twice"
-    missing = [name for name in (*RUNTIME, *(LIBRARY if library else ())) if name not in by_name]
+    minor = int(suite.split(".")[1])
+    needed = (name for name in (*RUNTIME, *(LIBRARY if library else ())) if ADDED.get(name, 0) <= minor)
+    missing = [name for name in needed if name not in by_name]
     if missing:
         return Level.NONE, f"{missing[0]} was not run"
     for result in results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import numpy as np
 from ai_assistant.errors import AIAssistantError, NotSupported, Timeout
 from ai_assistant.hal.conformance.case import CaseFailed, Cases, Note, Unsupported, expect
 from ai_assistant.hal.conformance.subject import WAIT_S, Subject, run
-from ai_assistant.hal.contract import Context, Queue, Tensor
+from ai_assistant.hal.contract import Context, Event, Queue, Tensor
 
 CASES = Cases()
 
@@ -76,6 +77,35 @@ def asynchronous(subject: Subject) -> None:
         event.wait(WAIT_S)
         work.check(context.allocator.download(output), arrays)
         queue.synchronize(WAIT_S)
+
+
+@CASES.case("L2.descriptor")
+def descriptor(subject: Subject) -> None:
+    """An event's descriptor is readable once the event is done, and not before."""
+
+    def readable(event: Event, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(event.fileno(), select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    with subject.context() as context:
+        queue, gate = context.queue(), Gate()
+        try:
+            queue.callback(gate)
+            event = queue.record()
+            unasked = queue.record()
+            try:
+                early = readable(event, 0.05)
+            except NotSupported as error:
+                raise Unsupported(error.message) from error
+            expect(not early, "the descriptor of an event is readable before the event is done")
+        finally:
+            gate.open()
+        expect(readable(event, WAIT_S), "the descriptor of an event that is done is not readable")
+        expect(event.done, "the descriptor of an event is readable before the event is done")
+        unasked.wait(WAIT_S)
+        expect(readable(unasked, 1), "the descriptor of an event that was done before it was asked for is not readable")
+        expect(readable(event, 1), "a descriptor does not stay readable")
 
 
 @CASES.case("L2.order")

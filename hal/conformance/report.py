@@ -25,6 +25,7 @@ MAX_BYTES = 8 << 20
 MAX_RESULTS = 5000
 _CASE = re.compile(r"L[1-4](\.[A-Za-z0-9_]{1,64}){1,4}")
 _HEX = re.compile(r"[0-9a-f]{64}")
+_VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
 _WHO = {"name", "version", "file", "sha256"}
 
 
@@ -57,7 +58,7 @@ class Report:
     def judged(self) -> tuple[Level, str]:
         """The level that the results earn, and what keeps them from the next."""
         library = self.backend.get("file", "").endswith(".so")
-        return reached(self.results, reproduced=self.reproduced, library=library)
+        return reached(self.results, reproduced=self.reproduced, library=library, suite=self.suite["version"])
 
     def to_dict(self) -> dict[str, Any]:
         level, next_needs = self.judged
@@ -185,7 +186,7 @@ def _report(document: dict[str, Any]) -> Report:
     suite = texts["suite"]
     if set(suite) != {"version", "sha256"} or not _HEX.fullmatch(suite["sha256"]):
         raise InvalidArgument("the report does not say which suite it is of")
-    if suite["version"].split(".")[0] != VERSION.split(".")[0]:
+    if not _VERSION.fullmatch(suite["version"]) or suite["version"].split(".")[0] != VERSION.split(".")[0]:
         raise InvalidArgument(f"the report is of suite {suite['version'][:20]}, this is {VERSION}: certify again")
     if not {"name", "version"} <= set(texts["backend"]) <= _WHO or not texts["device"].get("name"):
         raise InvalidArgument("the report does not say what was certified")

@@ -189,11 +189,67 @@ typedef struct ai_hal_op_versions {
     uint32_t least, most;
 } ai_hal_op_versions;
 
+static inline int ai_hal_is(const ai_hal_node *node, const ai_hal_op_versions *known) {
+    return !*node->domain && !strcmp(node->op, known->name);
+}
+
 /**
- * Read a node of the mandatory profile, and check that its output is declared as what the operator makes.
+ * Read what a node of any operator has in common with the others: its version, its operands and their shapes.
  *
  * Types are checked only as far as all devices need them: indices are i32 or i64, sizes i64, and everything else has
- * the type of the first input. Only the first output may be wanted.
+ * the type of the first input. Only the first output may be wanted. The output's shape is read as it is declared.
+ *
+ * @param kind  What `op->kind` is to be. Operators of your own have numbers from ::AI_HAL_OP_KINDS.
+ * @return NULL, or why not: then `op` holds nothing.
+ */
+static inline const char *ai_hal_read_operands(const ai_hal_graph *graph, const ai_hal_node *node,
+                                               const ai_hal_op_versions *known, int kind, ai_hal_op *op) {
+    const char *wrong;
+    AI_HAL_UNLESS(node->version >= known->since && node->version <= known->until, "this version is not implemented");
+    AI_HAL_UNLESS(node->input_count >= known->least && node->input_count <= known->most && known->most <= AI_HAL_OP_INPUTS,
+                  "wrong number of inputs");
+    memset(op, 0, sizeof *op);
+    op->kind = (ai_hal_op_kind)kind;
+    op->name = known->name;
+    op->moves = kind == AI_HAL_OP_GATHER || kind == AI_HAL_OP_RESHAPE || kind == AI_HAL_OP_TRANSPOSE;
+    op->output = node->output_count ? node->outputs[0] : AI_HAL_NO_VALUE;
+    op->group = 1;
+    op->alpha = op->beta = 1;
+    op->epsilon = 1e-5f;
+    for (uint32_t i = 0; i < AI_HAL_OP_INPUTS; i++) {
+        op->inputs[i] = i < node->input_count ? node->inputs[i] : AI_HAL_NO_VALUE;
+        AI_HAL_UNLESS(op->inputs[i] != AI_HAL_NO_VALUE || i >= known->least, "an input is missing");
+        if (op->inputs[i] == AI_HAL_NO_VALUE) continue;
+        wrong = ai_hal_read_shape(&graph->values[op->inputs[i]]->spec, &op->x[i]);
+        if (wrong) return wrong;
+        ai_hal_dtype type = op->x[i].dtype;
+        if (i == 1 && kind == AI_HAL_OP_GATHER)
+            AI_HAL_UNLESS(type == AI_HAL_I32 || type == AI_HAL_I64, "indices must be i32 or i64");
+        else if (i == 1 && kind == AI_HAL_OP_RESHAPE)
+            AI_HAL_UNLESS(type == AI_HAL_I64, "sizes must be i64");
+        else
+            AI_HAL_UNLESS(type == op->x[0].dtype, "the inputs are of different types");
+    }
+    AI_HAL_UNLESS(op->output != AI_HAL_NO_VALUE, "the first output must be wanted");
+    for (uint32_t i = 1; i < node->output_count; i++)
+        AI_HAL_UNLESS(node->outputs[i] == AI_HAL_NO_VALUE, "only the first output is implemented");
+    wrong = ai_hal_read_shape(&graph->values[op->output]->spec, &op->y);
+    if (wrong) return wrong;
+    AI_HAL_UNLESS(op->y.dtype == op->x[0].dtype, "the output's declared type is not that of the input");
+    return NULL;
+}
+
+/** Read a node of an operator of your own whose output is like its first input. Parameters as above. */
+static inline const char *ai_hal_read_like(const ai_hal_graph *graph, const ai_hal_node *node,
+                                           const ai_hal_op_versions *known, int kind, ai_hal_op *op) {
+    const char *wrong = ai_hal_read_operands(graph, node, known, kind, op);
+    if (wrong) return wrong;
+    AI_HAL_UNLESS(ai_hal_same_dims(&op->x[0], &op->y), "the output's declared shape is not that of the input");
+    return NULL;
+}
+
+/**
+ * Read a node of the mandatory profile, and check that its output is declared as what the operator makes.
  *
  * @return NULL, or why not: then `op` holds nothing.
  */
@@ -216,42 +272,11 @@ static inline const char *ai_hal_read_op(const ai_hal_graph *graph, const ai_hal
     const int64_t *sizes = NULL;
     const char *wrong;
     int kind = 0;
-    while (kind < AI_HAL_OP_KINDS && (*node->domain || strcmp(node->op, known[kind].name))) kind++;
+    while (kind < AI_HAL_OP_KINDS && !ai_hal_is(node, &known[kind])) kind++;
     AI_HAL_UNLESS(kind < AI_HAL_OP_KINDS, "the operator is not implemented");
-    AI_HAL_UNLESS(node->version >= known[kind].since && node->version <= known[kind].until,
-                  "this version is not implemented");
-    AI_HAL_UNLESS(node->input_count >= known[kind].least && node->input_count <= known[kind].most,
-                  "wrong number of inputs");
-    memset(op, 0, sizeof *op);
-    op->kind = (ai_hal_op_kind)kind;
-    op->name = known[kind].name;
-    op->moves = kind == AI_HAL_OP_GATHER || kind == AI_HAL_OP_RESHAPE || kind == AI_HAL_OP_TRANSPOSE;
-    op->output = node->output_count ? node->outputs[0] : AI_HAL_NO_VALUE;
-    op->group = 1;
-    op->alpha = op->beta = 1;
-    op->epsilon = 1e-5f;
-    for (uint32_t i = 0; i < AI_HAL_OP_INPUTS; i++) {
-        op->inputs[i] = i < node->input_count ? node->inputs[i] : AI_HAL_NO_VALUE;
-        AI_HAL_UNLESS(op->inputs[i] != AI_HAL_NO_VALUE || i >= known[kind].least, "an input is missing");
-        if (op->inputs[i] == AI_HAL_NO_VALUE) continue;
-        wrong = ai_hal_read_shape(&graph->values[op->inputs[i]]->spec, &op->x[i]);
-        if (wrong) return wrong;
-        ai_hal_dtype type = op->x[i].dtype;
-        if (i == 1 && kind == AI_HAL_OP_GATHER)
-            AI_HAL_UNLESS(type == AI_HAL_I32 || type == AI_HAL_I64, "indices must be i32 or i64");
-        else if (i == 1 && kind == AI_HAL_OP_RESHAPE)
-            AI_HAL_UNLESS(type == AI_HAL_I64, "sizes must be i64");
-        else
-            AI_HAL_UNLESS(type == op->x[0].dtype, "the inputs are of different types");
-    }
-    AI_HAL_UNLESS(op->output != AI_HAL_NO_VALUE, "the first output must be wanted");
-    for (uint32_t i = 1; i < node->output_count; i++)
-        AI_HAL_UNLESS(node->outputs[i] == AI_HAL_NO_VALUE, "only the first output is implemented");
-    ai_hal_shape declared;
-    wrong = ai_hal_read_shape(&graph->values[op->output]->spec, &declared);
+    wrong = ai_hal_read_operands(graph, node, &known[kind], kind, op);
     if (wrong) return wrong;
-    AI_HAL_UNLESS(declared.dtype == op->x[0].dtype, "the output's declared type is not that of the input");
-    op->y = declared; /* Reshape makes what is declared; the others say what they make. */
+    const ai_hal_shape declared = op->y; /* Reshape makes what is declared; the others say what they make. */
     if (kind == AI_HAL_OP_GATHER || kind == AI_HAL_OP_LAYER_NORMALIZATION || kind == AI_HAL_OP_SOFTMAX) {
         op->axis = kind == AI_HAL_OP_GATHER ? 0 : -1;
         AI_HAL_UNLESS(ai_hal_get_axis(node, op->x[0].rank, &op->axis), "axis is no dimension of the input");

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ai_assistant.errors import AIAssistantError, InvalidArgument, InvalidModel, NotSupported
-from ai_assistant.hal.graph import NO_VALUE, DType, TensorSpec
+from ai_assistant.hal.graph import NO_VALUE, DType, Graph, Node, TensorSpec, Value
 from ai_assistant.hal.onnx_graph import output_specs, read, write
 
 pytestmark = pytest.mark.engine
@@ -60,6 +60,21 @@ def test_a_graph_with_constants_types_and_versions() -> None:
     assert [str(node) for node in again.nodes[:-1]] == [str(node) for node in graph.nodes]
     assert again.output_specs == graph.output_specs
     assert write(read(write(graph)))
+
+
+def _one(op: str, version: int, opset: int = 17) -> Graph:
+    value = TensorSpec(DType.F32, (2,))
+    node = Node(op, version, (0,), (1,))
+    return Graph((Value("x", value), Value("y", value)), (node,), (0,), (1,), {"": opset})
+
+
+def test_what_is_written_means_the_same() -> None:
+    assert str(read(write(_one("Gelu", 20))).nodes[0]) == "Gelu-20"  # by a newer operator set than the graph's
+    assert str(read(write(_one("Softmax", 11, 12))).nodes[0]) == "Softmax-11"
+    with pytest.raises(NotSupported, match="Softmax-11 means something else in operator set 17"):
+        write(_one("Softmax", 11))
+    with pytest.raises(NotSupported, match="Relu-99 is newer than what is known"):
+        write(_one("Relu", 99))
 
 
 def test_nodes_in_any_order_and_sizes_given_later() -> None:

@@ -15,7 +15,7 @@ from ai_assistant.errors import NotSupported
 from ai_assistant.hal.contract import Backend, BackendDevice, Capabilities, Context, Probe, Program, Tensor
 from ai_assistant.hal.graph import NO_VALUE, Array, DType, Graph, Node, TensorSpec
 from ai_assistant.hal.host import HostAllocator, HostProgram, HostQueue
-from ai_assistant.hal.operators import OperatorRegistry, Support
+from ai_assistant.hal.operators import OperatorRegistry, Support, broadcast, matmul, same
 
 MEMORY_BYTES = 1 << 30
 OPERATORS = OperatorRegistry()
@@ -29,14 +29,17 @@ def _softmax(node: Node, inputs: list[Any]) -> tuple[Array, ...]:
 
 def _last_axis_only(node: Node, graph: Graph) -> str:
     """What the device cannot do is said here, with the reason: nobody then asks it to."""
+    if reason := same(node, graph):
+        return reason
     rank = len(graph.spec(node.inputs[0]).shape)
-    return "" if node.attributes.get("axis", -1) in (-1, rank - 1) else "only the last axis"
+    return "" if rank and node.attributes.get("axis", -1) in (-1, rank - 1) else "only the last axis"
 
 
-OPERATORS.register("Add", {DType.F32}, since=7, kernel=lambda node, x: (np.add(x[0], x[1]),))
-OPERATORS.register("Mul", {DType.F32}, since=7, kernel=lambda node, x: (np.multiply(x[0], x[1]),))
-OPERATORS.register("Relu", {DType.F32}, since=6, kernel=lambda node, x: (np.maximum(x[0], np.float32(0)),))
-OPERATORS.register("MatMul", {DType.F32}, since=9, kernel=lambda node, x: (np.matmul(x[0], x[1]),))
+# Shapes and types that contradict the operator are the backend's to refuse: `same`, `broadcast` and `matmul` do.
+OPERATORS.register("Add", {DType.F32}, since=7, check=broadcast, kernel=lambda node, x: (np.add(x[0], x[1]),))
+OPERATORS.register("Mul", {DType.F32}, since=7, check=broadcast, kernel=lambda node, x: (np.multiply(x[0], x[1]),))
+OPERATORS.register("Relu", {DType.F32}, since=6, check=same, kernel=lambda node, x: (np.maximum(x[0], np.float32(0)),))
+OPERATORS.register("MatMul", {DType.F32}, since=9, check=matmul, kernel=lambda node, x: (np.matmul(x[0], x[1]),))
 OPERATORS.register("Softmax", {DType.F32}, since=13, check=_last_axis_only, kernel=_softmax)
 
 

@@ -16,7 +16,7 @@ from ai_assistant.errors import BackendFailed, NotSupported
 from ai_assistant.hal.contract import Backend, BackendDevice, Capabilities, Context, Probe, Program, Tensor
 from ai_assistant.hal.graph import Array, DType, Graph, Node, TensorSpec
 from ai_assistant.hal.host import HostAllocator, HostBuffer, HostEvent, HostProgram, HostQueue, check
-from ai_assistant.hal.operators import OperatorRegistry, Support
+from ai_assistant.hal.operators import OperatorRegistry, Support, broadcast, same
 
 MEMORY_BYTES = 256 << 20
 _kept: list[Any] = []
@@ -48,12 +48,16 @@ class FakeContext(Context):
     program: ClassVar[type[FakeProgram]] = FakeProgram
     queues: ClassVar[type[HostQueue]] = HostQueue
     memory: ClassVar[type[HostAllocator]] = HostAllocator
+    checked: ClassVar[bool] = True
 
     def __init__(self, device: BackendDevice) -> None:
         self.device = device
         self.operators = OperatorRegistry()
-        self.operators.register("Add", {DType.F32}, since=7, kernel=lambda node, x: (x[0] + x[1],))
-        self.operators.register("Relu", {DType.F32}, since=6, kernel=lambda node, x: (np.maximum(x[0], np.float32(0)),))
+        add, relu = (broadcast, same) if self.checked else (None, None)
+        self.operators.register("Add", {DType.F32}, since=7, check=add, kernel=lambda node, x: (x[0] + x[1],))
+        self.operators.register(
+            "Relu", {DType.F32}, since=6, check=relu, kernel=lambda node, x: (np.maximum(x[0], np.float32(0)),)
+        )
         self._memory = self.memory(limit_bytes=MEMORY_BYTES)
         self._open: list[HostQueue] = []
 
@@ -263,6 +267,13 @@ class _Synchronous(HostQueue):
         return event
 
 
+class _SaysSoAtOnce(HostQueue):
+    def _push(self, work: Any) -> HostEvent:
+        event = super()._push(work)
+        os.eventfd_write(event.fileno(), 1)
+        return event
+
+
 class _ChecksNothing(HostQueue):
     def submit(self, program: Program, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> HostEvent:
         assert isinstance(program, HostProgram)
@@ -370,6 +381,8 @@ Reorders = _backend(queues=_Reorders)
 IgnoresEvents = _backend(queues=_IgnoresEvents)
 ForgetsFailure = _backend(queues=_ForgetsFailure)
 Synchronous = _backend(queues=_Synchronous)
+SaysSoAtOnce = _backend(queues=_SaysSoAtOnce)
+BelievesShapes = _backend(checked=False)
 ChecksNothing = _backend(queues=_ChecksNothing)
 ChecksLate = _backend(queues=_ChecksLate)
 Unaligned = _backend(memory=_Unaligned)

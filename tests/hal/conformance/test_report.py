@@ -15,7 +15,7 @@ from ai_assistant.errors import AlreadyExists, InvalidArgument, InvalidConfig, N
 from ai_assistant.hal.conformance import VERSION, matrix, report, support
 from ai_assistant.hal.conformance.case import Outcome, Result
 from ai_assistant.hal.conformance.certify import read_expected
-from ai_assistant.hal.conformance.levels import LIBRARY, MODELS, PROFILE_PREFIX, RUNTIME, Level, reached
+from ai_assistant.hal.conformance.levels import ADDED, LIBRARY, MODELS, PROFILE_PREFIX, RUNTIME, Level, reached
 from ai_assistant.hal.conformance.report import Report
 from ai_assistant.hal.conformance.run import with_expected
 
@@ -118,6 +118,8 @@ def _set(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("results", [{"case": ["L2.run"], "outcome": [], "detail": "", "examples": 1, "supported": 1}]),
         ("suite", {"version": "0.9", "sha256": "0" * 64}),
         ("suite", {"version": VERSION, "sha256": "0"}),
+        ("suite", {"version": "1.x", "sha256": "0" * 64}),
+        ("suite", {"version": "1", "sha256": "0" * 64}),
         ("backend", {"name": "x"}),
         ("backend", {"name": "x", "version": 1}),
         ("device", {}),
@@ -205,6 +207,12 @@ def test_levels_need_all_of_their_cases() -> None:
     assert reached(everything, reproduced=True, library=True)[0] is Level.NONE
     abi = [Result(name, P) for name in LIBRARY]
     assert reached([*everything, *abi], reproduced=True, library=True)[0] is Level.GOLD
+
+
+def test_a_report_of_an_older_suite_lacks_the_cases_that_came_later() -> None:
+    older = [each for each in results(4) if each.case not in ADDED]
+    assert reached(older, reproduced=True)[0] is Level.NONE
+    assert reached(older, reproduced=True, suite="1.0")[0] is Level.GOLD
 
 
 def test_levels_are_in_order() -> None:

@@ -40,6 +40,8 @@ def test_a_right_backend_reaches_bronze(outcomes: Certify) -> None:
         ("WrongForThreads", "L2.threads", F, ""),
         ("Lies", "L1.supports.unknown", F, "is declared supported"),
         ("Silent", "L1.supports.unknown", F, "no reason is given"),
+        ("BelievesShapes", "L1.supports.shapes", F, "must be refused"),
+        ("SaysSoAtOnce", "L2.descriptor", F, "before the event is done"),
         ("Reorders", "L2.order", F, "ran in another order"),
         ("IgnoresEvents", "L2.events", F, "before the event of another queue"),
         ("ForgetsFailure", "L2.failure", F, "says that all is well"),

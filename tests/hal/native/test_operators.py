@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ai_assistant.errors import BackendFailed, InvalidArgument
 from ai_assistant.hal.graph import Array, Graph, Node, TensorSpec, Value
 from ai_assistant.hal.graph import DType as D
 from ai_assistant.hal.native import NativeBackend
+from tests.hal.native import build
 
 pytestmark = pytest.mark.engine
 
@@ -285,3 +287,28 @@ def test_types_that_are_not_implemented_are_named(example: NativeBackend) -> Non
             (Value("x", TensorSpec(D.F32, (None,))), Value("y", None)), (Node("Relu", 14, (0,), (1,)),), (0,), (1,)
         )
         assert "fixed shapes" in device.supports(unknown.nodes[0], unknown).reason
+
+
+def test_an_operator_beyond_the_profile(tmp_path: Path) -> None:
+    """The README's Tanh, put where it says."""
+    code = (build.EXAMPLE / "example.c").read_text()
+    lines = [line.removeprefix("   ") for line in (build.EXAMPLE / "README.md").read_text().splitlines()]
+    places = [number for number, line in enumerate(lines) if line == "```c"]
+    kernel, read = ("\n".join(lines[start + 1 : lines.index("```", start)]) for start in places)
+    for old, new in (
+        ("static ai_hal_status (*const KERNELS[])", f"{kernel}\n\nstatic ai_hal_status (*const KERNELS[])"),
+        ("    [AI_HAL_OP_TRANSPOSE] = transpose,", "    [AI_HAL_OP_TRANSPOSE] = transpose, [OP_TANH] = own_tanh,"),
+        ("    const char *wrong = ai_hal_read_op(graph, node, op);", read),
+    ):
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    (tmp_path / "own.c").write_text(code)
+    own = NativeBackend(build.library(tmp_path, "own", [tmp_path / "own.c"], "-O1"))
+    x = np.linspace(-3, 3, 12, dtype=np.float32).reshape(3, 4)
+    check(own, "Tanh", [x])
+    check(own, "Relu", [x])
+    f32 = TensorSpec(D.F32, (3,))
+    with own.open() as device:
+        for node, declared in ((Node("Tanh", 6, (0,), (1,)), (4,)), (Node("Tanh", 99, (0,), (1,)), (3,))):
+            graph = Graph((Value("x", f32), Value("y", TensorSpec(D.F32, declared))), (node,), (0,), (1,))
+            assert not device.supports(node, graph)
