@@ -61,6 +61,7 @@ def _listed(name: str, backend: Backend, source: str) -> dict[str, Any]:
         return row | {"unavailable": error.message, "hint": error.hint}
     except Exception as error:  # a vendor's code: one that is broken must not hide the others
         return row | {"unavailable": f"{type(error).__name__}: {str(error)[:200]}", "hint": ""}
+    row["version"] = backend.version  # one in a process of its own knows it from now on
     row["devices"] = [{"id": each.id, "name": each.name, "kind": each.kind} for each in probe.devices]
     return row | {"unavailable": probe.unavailable, "hint": probe.hint}
 
@@ -128,7 +129,8 @@ def _tell(out: Output, report: Report, paths: dict[str, str], signed: bool) -> N
     from collections import Counter
 
     for result in report.results:
-        if result.outcome.bad:
+        # Of operators hundreds may be unsupported: those are in the matrix.
+        if result.outcome.bad or (result.outcome == "unsupported" and result.case < "L3"):
             out.line(f"{result.outcome}: {result.case}  {result.detail}")
     counts = Counter(str(result.outcome) for result in report.results)
     rows = [
@@ -207,7 +209,9 @@ def keygen(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make a key to sign reports with. The file is for you alone; the public key that is printed is for others.
+    """Make a key to sign reports with. The file is for you alone.
+
+    The public key is printed, and written beside it (vendor.pub for vendor.pem): that one is for others.
 
     \b
     Examples:
@@ -222,9 +226,10 @@ def keygen(
     except OSError as error:
         raise InvalidArgument(f"{file.name} cannot be written: {error.strerror}") from error
     if out.json:
-        out.document({"key": str(file), "public_key": public})
+        out.document({"key": str(file), "public_key_file": str(reports.public_path(file)), "public_key": public})
     else:
         out.line(public)
+        out.note(f"the key is in {file}: keep it to yourself. The public key above is in {reports.public_path(file)}")
 
 
 @app.command("new", cls=Command)

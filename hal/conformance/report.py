@@ -233,11 +233,16 @@ def _result(value: Any) -> Result:
 
 
 def new_key(path: Path) -> Ed25519PublicKey:
-    """Make a key to sign with, in a file that only its owner can read.
+    """Make a key to sign with, in a file that only its owner can read, and beside it the public one (`public_path`).
 
     Raises:
-        AlreadyExists: the file is there; a key is never overwritten.
+        AlreadyExists: one of the files is there; a key is never overwritten.
+        InvalidArgument: the file's name is that of a public key.
     """
+    if not path.name or (public := public_path(path)) == path:
+        raise InvalidArgument(f"{path} is no name for a key", hint="name the file such as vendor.pem")
+    if public.exists():
+        raise AlreadyExists(f"{public.name} exists", hint="give another file: a key is never overwritten")
     key = Ed25519PrivateKey.generate()
     text = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -246,9 +251,20 @@ def new_key(path: Path) -> Ed25519PublicKey:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise AlreadyExists(f"{path.name} exists", hint="give another file: a key is never overwritten") from None
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(text)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text)
+        made = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        public.write_bytes(key.public_key().public_bytes(*made))
+    except OSError:
+        path.unlink()  # half a key is none
+        raise
     return key.public_key()
+
+
+def public_path(path: Path) -> Path:
+    """Where the public key of a key's file is: vendor.pub beside vendor.pem."""
+    return path.with_suffix(".pub")
 
 
 def read_key(path: Path) -> Ed25519PrivateKey:
@@ -278,7 +294,14 @@ def read_public(text: str) -> Ed25519PublicKey:
         pass
     try:
         with Path(text).open("rb") as file:
-            key = serialization.load_pem_public_key(file.read(1 << 16))
+            pem = file.read(1 << 16)
+        if b"PRIVATE KEY-----" in pem:
+            raise InvalidArgument(
+                "that is the private key",
+                hint=f"the public one is in {public_path(Path(text)).name}, and keygen printed it",
+                param="public-key",
+            )
+        key = serialization.load_pem_public_key(pem)
     except (OSError, ValueError, TypeError) as error:
         raise InvalidArgument("that is no public key: give its base64, or a PEM file", param="public-key") from error
     if not isinstance(key, Ed25519PublicKey):

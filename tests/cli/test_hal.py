@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from ai_assistant.hal import discovery
+from ai_assistant.hal.remote import RemoteBackend
 from tests.cli.conftest import CHECKOUT, Cli
 from tests.hal.conformance.conftest import fake_file
 
@@ -30,6 +32,15 @@ def test_list_names_every_backend_of_the_product_with_devices_or_what_is_missing
     assert "cpu" in cli("hal", "list").out
 
 
+def test_a_backend_in_a_process_of_its_own_is_listed_with_its_version(
+    cli: Cli, right: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = discovery.Discovery({"vendor": RemoteBackend(right)})
+    monkeypatch.setattr(discovery, "discover", lambda: found)
+    (row,) = json.loads(cli("hal", "list", "--json").out)
+    assert (row["version"], [each["id"] for each in row["devices"]]) == ("1", ["0"])
+
+
 def test_certify_writes_a_signed_report_that_verifies(cli: Cli, right: str, tmp_path: Path) -> None:
     key = tmp_path / "key.pem"
     public = cli("hal", "keygen", str(key)).out.strip()
@@ -38,11 +49,14 @@ def test_certify_writes_a_signed_report_that_verifies(cli: Cli, right: str, tmp_
     result = cli("hal", "certify", right, "--level", "bronze", "--out", str(folder), "--key", str(key))
     assert result.status == 0, result.out + result.err
     assert "level        bronze" in result.out
+    assert "unsupported: L2.queues.limit  the device has any number of queues" in result.out
     assert {path.name for path in folder.iterdir()} == {"report.json", "matrix.md", "matrix.html"}
     report = str(folder / "report.json")
     assert "signed by" in cli("hal", "verify-report", report).out
     found = json.loads(cli("hal", "verify-report", report, "--public-key", public, "--json").out)
     assert (found["level"], found["trusted"], found["same_suite"]) == ("bronze", True, True)
+    assert cli("hal", "verify-report", report, "--public-key", str(key.with_suffix(".pub"))).status == 0
+    assert "that is the private key" in cli("hal", "verify-report", report, "--public-key", str(key)).err
     assert found["backend"]["file"] == "right.py"
     text = Path(report).read_text()
     assert str(tmp_path) not in text

@@ -276,6 +276,16 @@ def test_keys_are_for_their_owner_and_never_overwritten(tmp_path: Path) -> None:
         report.new_key(path)
     data = report.signed(made_report(), report.read_key(path))
     assert report.verify(data, report.read_public(report.public_text(public))).level is Level.GOLD
+    assert report.verify(data, report.read_public(str(tmp_path / "key.pub"))).level is Level.GOLD
+    with pytest.raises(InvalidArgument, match="the private key"):
+        report.read_public(str(path))
+    for name in ("key.pub", ""):
+        with pytest.raises(InvalidArgument, match="no name for a key"):
+            report.new_key(tmp_path / name if name else Path())
+    path.unlink()
+    with pytest.raises(AlreadyExists, match=r"key\.pub"):
+        report.new_key(path)
+    assert not path.exists()
     for wrong in (b"", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", b"\xff" * 100000):
         path.write_bytes(wrong)
         with pytest.raises(InvalidArgument):
