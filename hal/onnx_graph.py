@@ -83,6 +83,12 @@ def write(graph: Graph) -> bytes:
     names = [f"v{index}" for index in range(len(graph.values))]
     for number, index in enumerate(graph.inputs):
         names[index] = f"i{number}"
+    copies = []
+    for number, index in enumerate(graph.outputs):
+        if index in graph.producers and names[index].startswith("v"):
+            names[index] = f"o{number}"
+        else:  # asked for twice, or an input or a constant: a copy gives each a name of its own
+            copies.append((number, index))
     nodes = []
     for number, node in enumerate(graph.nodes):
         made_of = ["" if index == NO_VALUE else names[index] for index in node.inputs]
@@ -93,8 +99,7 @@ def write(graph: Graph) -> bytes:
             # Nothing tells what an empty list is a list of; only lists of integers may be empty in ONNX's operators.
             proto.attribute.append(helper.make_attribute(key, plain, attr_type=7 if plain == [] else None))
         nodes.append(proto)
-    # An output may be asked for twice, or be an input or a constant: a copy gives each a name of its own.
-    for number, index in enumerate(graph.outputs):
+    for number, index in copies:
         nodes.append(helper.make_node("Identity", [names[index]], [f"o{number}"], name=f"out{number}"))
     made = helper.make_model(
         helper.make_graph(

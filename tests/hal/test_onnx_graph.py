@@ -57,9 +57,18 @@ def test_a_graph_with_constants_types_and_versions() -> None:
     assert graph.output_specs == (TensorSpec(DType.F32, (2, 4)),)
     assert [value.name for value in graph.values if value.data is not None] == ["w", "c"]
     again = read(write(graph))
-    assert [str(node) for node in again.nodes[:-1]] == [str(node) for node in graph.nodes]
+    assert [str(node) for node in again.nodes] == [str(node) for node in graph.nodes]
     assert again.output_specs == graph.output_specs
     assert write(read(write(graph)))
+
+
+def test_outputs_that_are_inputs_or_asked_for_twice_are_copied() -> None:
+    value = TensorSpec(DType.F32, (2,))
+    values = tuple(Value(name, value) for name in "xyz")
+    nodes = (Node("Relu", 14, (0,), (1,)), Node("Exp", 13, (1,), (2,)))
+    again = read(write(Graph(values, nodes, (0,), (1, 2, 1, 0))))
+    assert [node.op for node in again.nodes] == ["Relu", "Exp", "Identity", "Identity"]
+    assert [again.values[index].name for index in again.outputs] == ["o0", "o1", "o2", "o3"]
 
 
 def _one(op: str, version: int, opset: int = 17) -> Graph:
