@@ -27,13 +27,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
-from bench.harness import Row, arguments, at_least, at_most, limit, note, pairs, report
+from bench.harness import Row, arguments, at_least, at_most, limit, note, pairs, ratio, report
 
 PARTS = ("submit", "start", "one", "two", "pick", "plan")
 SUBMIT_US = 15.0
@@ -47,6 +48,7 @@ CORES = ("onnxruntime:CPUExecutionProvider@0", "onnxruntime:CPUExecutionProvider
 _MANY = 2000
 _SAMPLE_S = 0.4
 """How long one sample of a pair runs."""
+_T = TypeVar("_T")
 
 
 def _timed(run: Callable[[], object], seconds: float = _SAMPLE_S) -> float:
@@ -254,8 +256,20 @@ class _Pinned:
 
         self._pool = ThreadPoolExecutor(1, initializer=lambda: os.sched_setaffinity(0, {core}))
 
-    def call(self, function: Callable[[], float]) -> float:
+    def call(self, function: Callable[[], _T]) -> _T:
         return self._pool.submit(function).result()
+
+    def start(self, function: Callable[[], object], seconds: float) -> Future[int]:
+        """Call it over and over; how often it was."""
+
+        def repeat() -> int:
+            count, end = 0, time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                function()
+                count += 1
+            return count
+
+        return self._pool.submit(repeat)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -278,7 +292,7 @@ def two(count: int) -> Iterator[Row]:
         costs = CostModel(opened, versions=opened.versions, folder=Path(folder))
         pinned = _Pinned(0)
         stack.callback(pinned.close)
-        single, both = pinned.call(lambda: _bare(graph, 1)), _bare(graph, 2)  # type: ignore[arg-type, return-value]
+        single, both = pinned.call(lambda: _bare(graph, 1)), _bare(graph, 2)
         executors = {}
         for intent in ("latency", "performance"):
             found = plan(graph, opened, parse(intent), costs=costs, measure=True)
@@ -294,13 +308,26 @@ def two(count: int) -> Iterator[Row]:
             return _throughput(executors["performance"], inputs)
 
         def one_core(_: int) -> float:
-            return 1 / pinned.call(lambda: _timed(single))  # type: ignore[arg-type]
+            return 1 / pinned.call(lambda: _timed(single))
 
         def two_threads(_: int) -> float:
             return 1 / _timed(both)
 
-        for each in (latency, throughput, one_core, two_threads):
+        second = _Pinned(1)
+        stack.callback(second.close)
+        double = second.call(lambda: _bare(graph, 1))
+
+        def both_cores(_: int) -> float:
+            """What the machine has to give: a session on each core, each with requests of its own."""
+            begin = time.perf_counter()
+            done = [each.start(run, _SAMPLE_S) for each, run in ((pinned, single), (second, double))]
+            made = sum(each.result() for each in done)
+            return made / (time.perf_counter() - begin)
+
+        for each in (latency, throughput, one_core, two_threads, both_cores):
             each(0)
+        most = ratio(*pairs(both_cores, one_core, count))
+        note(f"hal: two cores here do {most.value:.2f} × the work of one [{most.low:.2f}, {most.high:.2f}]")
         yield at_least("two equal branches on two cores, per s", *pairs(latency, one_core, count), BRANCHES)
         yield at_least("requests in a row on two cores, per s", *pairs(throughput, one_core, count), PIPELINED)
         yield at_least(

@@ -57,10 +57,6 @@ class Options:
     state_directory: Path = Path("/var/lib/ai-assistant")
 
 
-_LOOK_AFTER_S = 1.0
-"""Devices are looked for when the first requests have been taken: at boot both would want the same core."""
-
-
 def connector(path: Path) -> Callable[[], Awaitable[Worker]]:
     """A function that starts a worker by connecting to its socket unit."""
 
@@ -155,13 +151,13 @@ class App:
         Publisher(connection, self.service, Authority(connection), self.devices)
         self.service.set_state("running")
         await connection.own_name(bus.BUS_NAME)
-        notify("READY=1\nSTATUS=" + self._summary())
-        log.info("ai-assistantd %s is ready: %s", VERSION, self._summary())
         # The sockets have taken connections since before this process was there, and keep them until the libraries that
-        # speak HTTP are loaded: a third of all that there is to load. The bus is served meanwhile.
+        # speak HTTP are loaded: a third of all that there is to load. The bus is served meanwhile. Whatever waits for
+        # this daemon at boot – the banner, a check of the boot partition – would take the processor away from that.
         api_stop = asyncio.Event()
         api = loop.create_task(self._serve_api(sockets, api_stop)) if sockets else None
-        looking = loop.call_later(_LOOK_AFTER_S, self.devices.start)
+        if api is None:
+            self._ready()
         stopping = loop.create_task(self._stop.wait())
         waiting: set[asyncio.Future[object]] = {stopping, connection.lost}  # type: ignore[arg-type]
         if api is not None:
@@ -171,13 +167,17 @@ class App:
         if api is not None and api.done() and not self._stop.is_set():
             log.error("the socket API ended", exc_info=api.exception())
         notify("STOPPING=1\nSTATUS=Finishing what runs")
-        looking.cancel()
-        await self.devices.close()
         await self._end(api, api_stop)
         for task in (stopping, watchdog):
             if task is not None:
                 task.cancel()
         return status
+
+    def _ready(self) -> None:
+        """Everything answers. Devices are looked for only now: at boot that would want the same core."""
+        notify("READY=1\nSTATUS=" + self._summary())
+        log.info("ai-assistantd %s is ready: %s", VERSION, self._summary())
+        self.devices.start()
 
     async def _end(self, api: asyncio.Task[None] | None, api_stop: asyncio.Event) -> None:
         """Stop accepting, let generations finish for a while, cancel the rest, free everything."""
@@ -186,6 +186,7 @@ class App:
         api_stop.set()
         if api is not None:
             await asyncio.wait([api], timeout=10)
+        await self.devices.close()
         await self._connection.close()
         await self.service.jobs.close()
         await self.service.residency.close()
@@ -196,7 +197,7 @@ class App:
         from ai_assistant.daemon.api.server import serve
 
         network = await asyncio.to_thread(self._network)
-        await serve(self.service, sockets, stop, allowed, network=network)
+        await serve(self.service, sockets, stop, allowed, network=network, answering=self._ready)
 
     def _network(self) -> Network:
         from ai_assistant.daemon.api.network import Network

@@ -1,6 +1,6 @@
 """The hardware that was found, kept in step with what is plugged in and out.
 
-Detection runs in a thread after the daemon is ready: it reads a few hundred small files, and nobody's first answer
+Detection runs in a thread when everything else answers: it reads a few hundred small files, and nobody's first answer
 waits for that. What it needs is imported then, too.
 """
 

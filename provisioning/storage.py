@@ -26,6 +26,7 @@ from ai_assistant.errors import AIAssistantError
 from ai_assistant.provisioning import firmware
 from ai_assistant.provisioning.errors import DiskFailed
 from ai_assistant.provisioning.partitioning import (
+    SYSFS,
     Disk,
     boot_disk,
     last_line,
@@ -136,12 +137,14 @@ def _open(state: State) -> tuple[State, Path | None]:
     state = replace(state, device=str(found.device))
     if not is_luks(found.device):
         return replace(state, encryption="none", reason=state.reason or _why_plain(state)), found.device
-    _check_luks(found.device)
+    if write_protected(found.device):
+        raise DiskFailed(f"{found.device} is write-protected")
     state = replace(state, encryption="tpm2", reason="")
     failure = attach(found.device, "tpm2-device=auto")
     if failure is None:
         state = replace(state, opened_by="tpm2")
     else:
+        _check_luks(found.device)
         _ask_for_recovery_key(found.device, why_closed(failure, state))
         state = replace(state, opened_by="recovery-key")
     return state, Path("/dev/mapper/var")
@@ -211,8 +214,11 @@ def _check_luks(device: Path) -> None:
     """Before anybody is asked for a key: is it the key that is missing?"""
     if run(["cryptsetup", "luksDump", device]).returncode != 0:
         raise DiskFailed("the header of the state partition is damaged; it was left as it is")
-    if run(["blockdev", "--getro", device]).stdout.strip() != "0":
-        raise DiskFailed(f"{device} is write-protected")
+
+
+def write_protected(device: Path, sysfs: Path = SYSFS) -> bool:
+    number = device.stat().st_rdev
+    return (sysfs / f"dev/block/{os.major(number)}:{os.minor(number)}/ro").read_text().strip() != "0"
 
 
 def _why_plain(state: State) -> str:

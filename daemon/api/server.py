@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 
@@ -33,6 +33,7 @@ async def serve(
     *,
     limits: Limits | None = None,
     network: Network | None = None,
+    answering: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer on `sockets`, which listen already and are closed at the end, until `stop` is set.
 
@@ -41,6 +42,7 @@ async def serve(
 
     Args:
         network: what listens there, with TLS and keys.
+        answering: called once, when the sockets are served.
     """
     limits = limits or Limits()
     config = uvicorn.Config(
@@ -58,25 +60,32 @@ async def serve(
         date_header=False,  # `State` has it
         h11_max_incomplete_event_size=limits.header_bytes,
     )
-    server = _Server(config, stop, limits, network)
+    server = _Server(config, stop, limits, network, answering)
     service.counters.metrics.connections = lambda: len(server.server_state.connections)
     await server.serve(sockets=list(sockets))
 
 
 class _Server(uvicorn.Server):
     def __init__(
-        self, config: uvicorn.Config, stop: asyncio.Event, limits: Limits, network: Network | None = None
+        self,
+        config: uvicorn.Config,
+        stop: asyncio.Event,
+        limits: Limits,
+        network: Network | None = None,
+        answering: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(config)
         self._state = State(limits)
         self.server_state = self._state
         self._network = network
+        self._answering = answering
         self._stop = stop
         self._grace_s = limits.grace_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         _log.info(ANSWERS)
+        self._answering()
         if self._network is None or self._network.context is None:
             return
         context = self._network.context

@@ -59,7 +59,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         monkeypatch.setattr(storage, name, tmp_path / folder)
     (tmp_path / "run/private").mkdir(parents=True)
     (tmp_path / "recovery").mkdir()
-    made.answers["--getro"] = (0, "0\n", "")
+    monkeypatch.setattr(storage, "write_protected", lambda device: False)
     monkeypatch.setattr(firmware, "only_our_keys", lambda certificate: True)
     monkeypatch.setattr(firmware, "secure_boot", lambda: "on")
     monkeypatch.setattr(firmware, "tpm_works", lambda: True)
@@ -192,14 +192,32 @@ def test_a_disk_that_refuses_is_not_the_tpms_fault(
     assert tried == [["slots", "encrypted"]]
 
 
-@pytest.mark.parametrize("command", ["luksDump", "--getro"])
-def test_a_damaged_header_or_a_write_protected_disk_asks_nobody_for_a_key(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    world.answers[command] = (1, "1\n", "damaged")
+def test_a_damaged_header_asks_nobody_for_a_key(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.answers["systemd-cryptsetup"] = (1, "", "Failed to load LUKS superblock")
+    world.answers["luksDump"] = (1, "1\n", "damaged")
     state = start(monkeypatch, disk_with(tmp_path, b"LUKS\xba\xbe"))
     assert state.encryption == "volatile"
+    assert "header of the state partition is damaged" in state.reason
     assert not world.ran("systemd-ask-password")
+
+
+def test_a_write_protected_disk_asks_nobody_for_a_key(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "write_protected", lambda device: True)
+    state = start(monkeypatch, disk_with(tmp_path, b"LUKS\xba\xbe"))
+    assert state.encryption == "volatile"
+    assert "write-protected" in state.reason
+    assert not world.ran("systemd-ask-password")
+    assert not world.ran("systemd-cryptsetup")
+
+
+def test_the_kernel_says_whether_a_disk_is_write_protected(tmp_path: Path) -> None:
+    said = tmp_path / "dev/block/1:3/ro"
+    said.parent.mkdir(parents=True)
+    for text, protected in (("0\n", False), ("1\n", True)):
+        said.write_text(text)
+        assert storage.write_protected(Path("/dev/null"), tmp_path) is protected
 
 
 def test_what_is_not_about_the_key_is_not_called_a_wrong_key(
