@@ -142,7 +142,7 @@ def makes(inputs: int, shape: Callable[..., tuple[int, ...]]) -> Check:
     make of their inputs, and a kernel that trusts it writes where it should not.
 
     Args:
-        shape: gives the output's shape, given one shape per input. It raises ValueError where there is none.
+        shape: gives the output's shape, given one shape per input; raises ValueError or IndexError where there is none.
     """
 
     def check(node: Node, graph: Graph) -> str:
@@ -155,7 +155,7 @@ def makes(inputs: int, shape: Callable[..., tuple[int, ...]]) -> Check:
         *given, made = (spec.sizes for spec in specs)
         try:
             right = shape(*given)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             return f"{node}: {error}"
         return "" if right == made else f"{node} makes the shape {right} here, and the graph says {made}"
 

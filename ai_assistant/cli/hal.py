@@ -128,6 +128,8 @@ def certify(
 def _tell(out: Output, report: Report, paths: dict[str, str], signed: bool) -> None:
     from collections import Counter
 
+    from ai_assistant.hal.backends import BUILT_IN
+
     for result in report.results:
         # Of operators hundreds may be unsupported: those are in the matrix.
         if result.outcome.bad or (result.outcome == "unsupported" and result.case < "L3"):
@@ -140,6 +142,8 @@ def _tell(out: Output, report: Report, paths: dict[str, str], signed: bool) -> N
         ("cases", ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))),
         ("level", str(report.judged[0])),
     ]
+    if "file" in report.backend and report.backend["name"] in BUILT_IN:
+        out.note(f"the file calls itself {report.backend['name']}, as a backend of the product: give it its own name")
     out.fields([*rows, *((name, path + ("" if signed else ", unsigned")) for name, path in paths.items())])
 
 

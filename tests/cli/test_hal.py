@@ -66,6 +66,13 @@ def test_certify_writes_a_signed_report_that_verifies(cli: Cli, right: str, tmp_
     assert "changed after it was signed" in changed.err
 
 
+def test_a_file_with_the_name_of_a_backend_of_the_product_is_told(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("from tests.hal.conformance.fakes import Right\nclass BACKEND(Right):\n    name = 'cpu'\n")
+    result = cli("hal", "certify", str(path), "--level", "bronze")
+    assert "the file calls itself cpu" in result.err
+
+
 def test_a_level_that_is_not_reached_is_an_error_and_names_the_case(cli: Cli, tmp_path: Path) -> None:
     path = fake_file(tmp_path, "ForgetsFailure")
     result = cli("hal", "certify", str(path), "--level", "bronze", "--json")

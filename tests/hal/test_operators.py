@@ -75,6 +75,7 @@ def test_a_shape_of_ones_own() -> None:
     halves = makes(1, lambda x: (*x[:-1], x[-1] // 2))
     assert _reason(halves, [(3, 8)], (3, 4)) == ""
     assert "makes the shape (3, 4)" in _reason(halves, [(3, 8)], (3, 8))
+    assert "out of range" in _reason(halves, [()], ())
 
 
 def test_versions_that_nobody_knows() -> None:
