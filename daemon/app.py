@@ -104,6 +104,7 @@ class App:
         )
         self.devices = DeviceTable(self._detect, self._monitor, self._measure)
         self._connection: Connection | None = None
+        self._ending = False
 
     def _detect(self) -> tuple[Device, ...]:
         from ai_assistant.hal.detect import detect
@@ -166,6 +167,7 @@ class App:
         status = 0 if self._stop.is_set() else 1
         if api is not None and api.done() and not self._stop.is_set():
             log.error("the socket API ended", exc_info=api.exception())
+        self._ending = True
         notify("STOPPING=1\nSTATUS=Finishing what runs")
         await self._end(api, api_stop)
         for task in (stopping, watchdog):
@@ -175,6 +177,8 @@ class App:
 
     def _ready(self) -> None:
         """Everything answers. Devices are looked for only now: at boot that would want the same core."""
+        if self._ending:
+            return  # it was stopped, or lost the bus, while it started
         notify("READY=1\nSTATUS=" + self._summary())
         log.info("ai-assistantd %s is ready: %s", VERSION, self._summary())
         self.devices.start()

@@ -119,21 +119,27 @@ def write(graph: Graph) -> bytes:
 
 
 def _covering(graph: Graph) -> dict[str, int]:
-    """Operator sets in which every node means what its version says: those of the graph, or newer ones."""
+    """Operator sets in which every node of ONNX's own means what its version says: the graph's, or others."""
     opsets = {"": 17} | dict(graph.opsets)
-    for node in graph.nodes:
-        opsets[node.domain] = max(opsets.get(node.domain, 1), node.version)
-    standard = opsets[""]
+    newest = 0
     for node in graph.nodes:
         if node.domain:
+            opsets[node.domain] = max(opsets.get(node.domain, 1), node.version)
             continue
         if node.version > NEWEST_OPSET:
             raise NotSupported(f"{node} is newer than what is known: versions up to {NEWEST_OPSET} are")
-        if (since := _since(node.op, standard)) > node.version:
-            raise NotSupported(
-                f"{node} means something else in operator set {standard}, where it is of version {since}"
-            )
-    return opsets
+        newest = max(newest, node.version)
+    for standard in (max(opsets[""], newest), newest):
+        other = next(
+            (node for node in graph.nodes if not node.domain and _since(node.op, standard) > node.version), None
+        )
+        if other is None:
+            return opsets | {"": max(1, standard)}
+    assert other is not None
+    raise NotSupported(
+        f"{other} means something else in operator set {newest}, which another operator of the graph is of: "
+        f"there it is of version {_since(other.op, newest)}"
+    )
 
 
 @lru_cache(4096)  # names come from files

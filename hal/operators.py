@@ -56,7 +56,7 @@ class Operator:
 
     def means(self, version: int) -> bool:
         """Whether that version is one of those declared."""
-        return self.since <= version <= (self.until or (version if self.domain else NEWEST_OPSET))
+        return self.since <= version <= (self.until or (version if self.domain else max(self.since, NEWEST_OPSET)))
 
 
 class OperatorRegistry:

@@ -86,17 +86,18 @@ def _errors(doing: str) -> Iterator[None]:
         raise OutOfMemory(f"{doing}: there is not enough memory") from error
     except Exception as error:
         kind, text = type(error).__name__, " ".join(str(error).split())
-        text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text)[:300]
+        whole = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text)
+        text = whole[:300]
         if "alloc" in text.lower() and ("failed" in text.lower() or "bad" in text.lower()):
             raise OutOfMemory(f"{doing}: {text}") from error
         never = ("assigned to the default CPU EP", "is not a registered function/op")
-        if kind == "NotImplemented" or any(each in text for each in never):
+        if kind == "NotImplemented" or any(each in whole for each in never):
             raise NotSupported(f"{doing}: {text}") from error
         if kind in ("InvalidGraph", "InvalidProtobuf"):
             raise InvalidModel(f"{doing}: {text}") from error
         # Of a run with bound tensors it says no kind; these are about what it was given.
         given = ("invalid dimensions", "invalid rank", "out of data bounds")
-        if kind == "InvalidArgument" or any(each in text.lower() for each in given):
+        if kind == "InvalidArgument" or any(each in whole.lower() for each in given):
             raise InvalidArgument(f"{doing}: {text}") from error
         raise BackendFailed(f"{doing}: {text}") from error
 
@@ -235,6 +236,9 @@ class OnnxRuntimeContext(Context):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _QUIET
+        # Between the nodes of a run its threads spin, which is fast. After it they would go on for a while and take the
+        # core from whatever runs next: the next device, or one that is being measured.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.enable_mem_pattern = fixed  # patterns are kept for each shape, and would pile up
         if self.provider != CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -95,6 +95,13 @@ class OpenVinoProgram(HostProgram):
     ) -> None:
         if len(compiled.outputs) != len(outputs):
             raise BackendFailed("OpenVINO's program has other outputs than its graph")
+        # It goes by its own inference and does not look at what the graph says.
+        for number, (port, spec) in enumerate(zip(compiled.outputs, outputs, strict=True)):
+            made = [None if each.is_dynamic else each.get_length() for each in port.partial_shape]
+            if len(made) != len(spec.shape) or any(
+                None not in pair and pair[0] != pair[1] for pair in zip(made, spec.shape, strict=True)
+            ):
+                raise InvalidModel(f"output {number} is {spec}, and OpenVINO makes {port.partial_shape} of it")
         self.inputs, self.outputs = inputs, outputs
         self._context = context
         self._compiled: Any = compiled

@@ -86,7 +86,9 @@ def descriptor(subject: Subject) -> None:
     def readable(event: Event, seconds: float) -> bool:
         poll = select.poll()
         poll.register(event.fileno(), select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
+        found = poll.poll(seconds * 1000)
+        expect(all(what & select.POLLIN for _, what in found), "the descriptor of an event is none, or was closed")
+        return bool(found)
 
     with subject.context() as context:
         queue, gate = context.queue(), Gate()

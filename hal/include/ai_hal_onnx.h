@@ -27,7 +27,8 @@ typedef enum ai_hal_op_kind {
     AI_HAL_OP_RESHAPE,
     AI_HAL_OP_SOFTMAX,
     AI_HAL_OP_TRANSPOSE,
-    AI_HAL_OP_KINDS /**< How many there are. */
+    AI_HAL_OP_KINDS, /**< How many there are; operators of your own are numbered from here. */
+    AI_HAL_OP_LAST = INT32_MAX /**< So that they may be. */
 } ai_hal_op_kind;
 
 /** A node whose shapes are known, without what goes with the graph. Attributes that it lacks have ONNX's defaults. */

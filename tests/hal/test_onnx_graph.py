@@ -80,10 +80,16 @@ def _one(op: str, version: int, opset: int = 17) -> Graph:
 def test_what_is_written_means_the_same() -> None:
     assert str(read(write(_one("Gelu", 20))).nodes[0]) == "Gelu-20"  # by a newer operator set than the graph's
     assert str(read(write(_one("Softmax", 11, 12))).nodes[0]) == "Softmax-11"
-    with pytest.raises(NotSupported, match="Softmax-11 means something else in operator set 17"):
-        write(_one("Softmax", 11))
+    assert str(read(write(_one("Softmax", 11))).nodes[0]) == "Softmax-11"  # by an older one
+    assert str(read(write(_one("Relu", 6))).nodes[0]) == "Relu-6"
+    mixed = _one("Softmax", 11)
+    mixed = Graph((*mixed.values, mixed.values[0]), (*mixed.nodes, Node("Gelu", 20, (1,), (2,))), (0,), (2,))
+    with pytest.raises(NotSupported, match="Softmax-11 means something else in operator set 20"):
+        write(mixed)
     with pytest.raises(NotSupported, match="Relu-99 is newer than what is known"):
         write(_one("Relu", 99))
+    with pytest.raises(NotSupported, match="newer than what is known"):
+        write(_one("Relu", 2**40))
 
 
 def test_nodes_in_any_order_and_sizes_given_later() -> None:

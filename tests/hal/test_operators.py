@@ -93,6 +93,9 @@ def test_versions_that_nobody_knows() -> None:
     assert not supported("Relu", 5)
     assert not supported("Relu", NEWEST_OPSET + 1)
     assert supported("Own", 1000, "com.example")
+    operators.register("New", {DType.F32}, since=NEWEST_OPSET + 1)  # by somebody who knows more than this does
+    assert supported("New", NEWEST_OPSET + 1)
+    assert not supported("New", NEWEST_OPSET + 2)
 
 
 @pytest.mark.engine
