@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -225,3 +226,23 @@ def test_in_a_process_of_its_own() -> None:
         program = context.load(context.compile(graph).blob())
         assert np.allclose(run(context, graph, _X, program=program)[0], block_result(graph, _X), atol=1e-4)
         assert Path(f"/proc/{context.child.pid}").exists()
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: there are no threads to wait for each other")
+def test_threads_rest_when_a_run_has_ended() -> None:
+    """They spin between the nodes of a run; afterwards they would take the core from other devices."""
+    spec = f32(256, 256)
+    graph = one("MatMul", 13, [spec, spec], [spec])
+    ones = np.ones((256, 256), np.float32)
+    with module.BACKEND().open("CPUExecutionProvider*2") as context:
+        program = context.compile(graph)
+        for _ in range(20):
+            run(context, graph, ones, ones, program=program)
+        used = []
+        for _ in range(5):
+            run(context, graph, ones, ones, program=program)
+            before = time.process_time()
+            time.sleep(0.1)
+            used.append(time.process_time() - before)
+    assert sorted(used)[2] < 0.01
