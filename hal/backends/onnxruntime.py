@@ -87,16 +87,18 @@ def _errors(doing: str) -> Iterator[None]:
     except Exception as error:
         kind, text = type(error).__name__, " ".join(str(error).split())
         whole = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text)
+        # Before the reason it tells where in its source the check is.
+        whole = re.sub(r"(?<=Status Message: )\S+\.(cc|h):\d+ .*? was false\. ", "", whole)
         text = whole[:300]
         if "alloc" in text.lower() and ("failed" in text.lower() or "bad" in text.lower()):
             raise OutOfMemory(f"{doing}: {text}") from error
         never = ("assigned to the default CPU EP", "is not a registered function/op")
         if kind == "NotImplemented" or any(each in whole for each in never):
             raise NotSupported(f"{doing}: {text}") from error
-        if kind in ("InvalidGraph", "InvalidProtobuf"):
+        if kind in ("InvalidGraph", "InvalidProtobuf") or "[ShapeInferenceError]" in whole:
             raise InvalidModel(f"{doing}: {text}") from error
         # Of a run with bound tensors it says no kind; these are about what it was given.
-        given = ("invalid dimensions", "invalid rank", "out of data bounds")
+        given = ("invalid dimensions", "invalid rank", "shape verification failed", "out of data bounds")
         if kind == "InvalidArgument" or any(each in whole.lower() for each in given):
             raise InvalidArgument(f"{doing}: {text}") from error
         raise BackendFailed(f"{doing}: {text}") from error
