@@ -20,7 +20,6 @@ from ai_assistant.errors import (
 )
 
 SOCKET_ENV = "AI_ASSISTANT_SOCKET"
-HETERO_ENV = "HETERO_COMPUTE"
 DEFAULT_SOCKET = "/run/ai-assistant/api.sock"
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -41,12 +40,10 @@ def hetero_compute(*given: str | None) -> str | None:
     Raises:
         InvalidArgument: it is not understood.
     """
-    found = next((each for each in given if each is not None), None)
-    if found is None:
-        found = os.environ.get(HETERO_ENV) or None
-    if found is not None:
-        from ai_assistant.hal.hetero.intent import parse
+    from ai_assistant.hal.hetero.intent import VARIABLE, parse
 
+    found = next((each for each in given if each is not None), os.environ.get(VARIABLE) or None)
+    if found is not None:
         parse(found)
     return found
 

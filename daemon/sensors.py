@@ -32,17 +32,6 @@ def read_int(path: Path) -> int | None:
         return None
 
 
-def memory(root: Path) -> tuple[int | None, int | None]:
-    """(total, available without swapping) of the machine, in bytes."""
-    values: dict[str, int] = {}
-    for line in (read_text(root / "proc/meminfo") or "").splitlines():
-        key, _, rest = line.partition(":")
-        number = rest.split()
-        if number and number[0].isdigit():
-            values[key] = int(number[0]) * 1024
-    return values.get("MemTotal"), values.get("MemAvailable")
-
-
 def cpu(root: Path) -> tuple[str | None, int | None]:
     """(model name, logical processors)."""
     name, count = None, 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from ai_assistant.daemon import sensors
 from ai_assistant.daemon.sensors import read_text
+from ai_assistant.hal.meminfo import memory
 from ai_assistant.tee import storage
 from ai_assistant.tee.storage import Storage
 
@@ -27,11 +28,11 @@ class Machine:
 
     def memory_available(self) -> int | None:
         """Bytes that programs can still have without swapping."""
-        return sensors.memory(self._root)[1]
+        return memory(self._root)[1]
 
     def memory_total(self) -> int | None:
         """Bytes of the machine's memory."""
-        return sensors.memory(self._root)[0]
+        return memory(self._root)[0]
 
     def disk_free(self) -> int | None:
         """Bytes free for us where models are kept."""
@@ -48,7 +49,7 @@ class Machine:
     def status(self) -> dict[str, Any]:
         """Everything that this machine can tell; None where nothing measures it."""
         root = self._root
-        total, available = sensors.memory(root)
+        total, available = memory(root)
         disk_total, disk_free = sensors.disk(self._state_directory)
         found = sensors.temperatures(root)
         watts, source = self._watts.read()

@@ -20,6 +20,7 @@ from ai_assistant.cli.status import protection
 from ai_assistant.cli.storage import SHOW_KEY
 from ai_assistant.client import Client
 from ai_assistant.errors import AIAssistantError, ServiceUnavailable
+from ai_assistant.hal import meminfo
 
 USERS, ADMINS = "ai-assistant", "ai-assistant-admin"
 ACTIONS = frozenset(
@@ -143,13 +144,7 @@ def storage() -> Result:
 
 
 def memory() -> Result:
-    available = total = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        key, _, rest = line.partition(":")
-        if key == "MemAvailable":
-            available = int(rest.split()[0]) * 1024
-        elif key == "MemTotal":
-            total = int(rest.split()[0]) * 1024
+    total, available = (each or 0 for each in meminfo.memory())
     detail = f"{size(available)} of {size(total)} available"
     if available < LEAST_MEMORY_BYTES:
         return Result("memory", "failed", detail, "unload a model: ai-assistant model unload MODEL")

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from ai_assistant.engines.split_cost import SplitDevice
     from ai_assistant.hal.hetero.intent import Intent
 
-MAGIC = b"GGUF"
-
 
 def is_gguf(path: Path) -> bool:
     """By its first bytes; what cannot be read is none."""
+    from ai_assistant.engines.gguf import MAGIC
+
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC

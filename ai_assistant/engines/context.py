@@ -21,6 +21,7 @@ from ai_assistant.engines.native import last_messages
 from ai_assistant.engines.pages import Fresh, opening
 from ai_assistant.engines.sampling import Logits, Scratch
 from ai_assistant.engines.threads import ThreadControl
+from ai_assistant.engines.trimming import give_back
 from ai_assistant.errors import OutOfMemory
 
 
@@ -244,10 +245,3 @@ class NativeContext:
     def clear(self) -> None:
         """Forget everything."""
         self._lib.llama_memory_clear(self._memory, False)
-
-
-def give_back() -> None:
-    """Have the C library return freed memory to the system, where it is one that keeps it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -11,7 +11,6 @@ in the long run, then new ones are `Busy`. Plans that are there go on working.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import threading
 from collections import OrderedDict, deque
@@ -31,7 +30,7 @@ from ai_assistant.engines.onnx_file import INT32
 from ai_assistant.engines.onnx_package import Member, pread
 from ai_assistant.engines.onnx_rules import Plan as Model
 from ai_assistant.engines.onnx_session import checked_output
-from ai_assistant.engines.trimming import resident_bytes
+from ai_assistant.engines.trimming import give_back, resident_bytes
 from ai_assistant.errors import (
     AIAssistantError,
     BackendFailed,
@@ -417,12 +416,11 @@ class Divided:
                     each.retired = True
                     if not each.users:
                         ended.append(each)
-            forgotten = [] if devices is None else [devices]
             if not self._kept.plans:
                 self._kept.constants.clear()
-            for one in forgotten:
-                self._forget(one)
-        self._end(ended, forgotten)
+            if devices is not None:
+                self._forget(devices)
+        self._end(ended, [] if devices is None else [devices])
 
     def _forget(self, devices: Devices) -> None:
         if self._kept.sets.get(devices.names) is devices:
@@ -448,18 +446,12 @@ class Divided:
             with contextlib.suppress(AIAssistantError, OSError):
                 one.opened.close()
         if plans or closing:
-            _trim()
+            give_back()
 
 
 def _about(error: AIAssistantError) -> AIAssistantError:
     """The same error, about the option that the caller knows."""
     return type(error)(error.message, hint=error.hint, param=PARAM)
-
-
-def _trim() -> None:
-    """Let the C library give freed memory back."""
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 def _version(fd: int) -> tuple[int, int]:

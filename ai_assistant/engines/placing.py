@@ -16,13 +16,13 @@ from ai_assistant.engines.contract import LoadOptions, Placement
 from ai_assistant.engines.gguf import Gguf
 from ai_assistant.errors import AIAssistantError, InvalidArgument
 from ai_assistant.hal.hetero.intent import Intent, from_environment, parse
+from ai_assistant.hal.meminfo import memory
 
 RESERVE_BYTES = 128 << 20
 """Of another device's memory, what a model leaves: programs and scratch that the library counts nowhere."""
 MAX_AVOIDED = 16
 _SOFTWARE = ("llvmpipe", "lavapipe", "swiftshader", "softpipe")
 """In the descriptions of devices that are programs on the processor."""
-_MAX_MEMINFO = 1 << 16
 
 
 def intent_of(options: LoadOptions) -> Intent:
@@ -120,9 +120,8 @@ def look(
     for name in measured:
         native.claim(natives[name])
     rates, missing = _rates(("ggml:CPU", *measured), threads or native.default_threads(), measure, costs_folder)
-    host = SplitDevice(
-        name="cpu", kind="cpu", free_bytes=available_bytes(), shares_host=True, **rates.get("ggml:CPU", {})
-    )
+    _, available = memory()
+    host = SplitDevice(name="cpu", kind="cpu", free_bytes=available or 0, shares_host=True, **rates.get("ggml:CPU", {}))
     others = []
     for name in natives:
         if name in without or name in missing:
@@ -170,17 +169,3 @@ def _rates(
         except AIAssistantError as error:
             missing[name] = error.message[:200]
     return found, missing
-
-
-def available_bytes() -> int:
-    """Of the host's memory, what can be had without swapping; 0 where nobody knows."""
-    try:
-        with Path("/proc/meminfo").open() as file:
-            lines = file.read(_MAX_MEMINFO).splitlines()
-    except OSError:
-        return 0
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key == "MemAvailable" and value.split()[:1] and value.split()[0].isdecimal():
-            return int(value.split()[0]) * 1024
-    return 0

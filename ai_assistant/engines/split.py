@@ -235,13 +235,13 @@ def _worth(states: list[tuple[float, int, tuple[int, ...]]]) -> list[tuple[float
 
 def _candidate(costs: Costs, chain: Sequence[SplitDevice], ends: Sequence[int]) -> Candidate:
     """Predicted for devices in this order, whose layers end there."""
-    begins = (0, *ends[:-1])
+    steps = list(zip(chain, (0, *ends[:-1]), ends, strict=True))
     memory = {costs.host.name: costs.bytes_of(costs.host, 0, 0)}
     score = 0.0
     before: SplitDevice | None = None
     pool = 0 if chain[0] is costs.host else memory[costs.host.name]
     refused = ""
-    for device, begin, end in zip(chain, begins, ends, strict=True):
+    for device, begin, end in steps:
         needed = memory[device.name] = costs.bytes_of(device, begin, end)
         score += costs.score(device, before, begin, end)
         pool += needed if device is costs.host or device.shares_host else 0
@@ -250,7 +250,6 @@ def _candidate(costs: Costs, chain: Sequence[SplitDevice], ends: Sequence[int]) 
             refused = f"{device.name} needs {needed} bytes and has {max(0, device.free_bytes)}"
     if not refused and pool > costs.host.free_bytes:
         refused = f"the host's memory needs {pool} bytes and has {max(0, costs.host.free_bytes)}"
-    steps = [(device, begin, end) for device, begin, end in zip(chain, begins, ends, strict=True)]
     decode_s, prefill_s = costs.token_s(steps)
     parts = tuple((device.name, end - begin) for device, begin, end in steps)
     return Candidate(parts, decode_s, prefill_s, score, memory, pool, refused)

@@ -71,8 +71,8 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         stop: asyncio.Event,
         limits: Limits,
-        network: Network | None = None,
-        answering: Callable[[], None] = lambda: None,
+        network: Network | None,
+        answering: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._state = State(limits)
