@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import pytest_asyncio
 
@@ -90,4 +91,12 @@ def world() -> Iterator[World]:
 @pytest_asyncio.fixture
 async def client(world: World) -> AsyncIterator[Client]:
     async with connected(world.address) as made:
+        yield made
+
+
+@pytest_asyncio.fixture
+async def http(serving: World) -> AsyncIterator[httpx.AsyncClient]:
+    """The socket API of `serving`."""
+    transport = httpx.AsyncHTTPTransport(uds=str(serving.api))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost/v1/", timeout=240) as made:
         yield made

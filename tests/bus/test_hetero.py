@@ -30,13 +30,6 @@ async def client(serving: World) -> AsyncIterator[Client]:
         yield made
 
 
-@pytest_asyncio.fixture
-async def http(serving: World) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.AsyncHTTPTransport(uds=str(serving.api))
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost/v1/", timeout=240) as made:
-        yield made
-
-
 async def embedded(http: httpx.AsyncClient, wish: object = None, model: str = "tiny") -> httpx.Response:
     body: dict[str, Any] = {"model": model, "input": TEXTS}
     if wish is not None:

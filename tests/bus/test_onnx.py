@@ -33,13 +33,6 @@ async def client(serving: World) -> AsyncIterator[Client]:
         yield made
 
 
-@pytest_asyncio.fixture
-async def http(serving: World) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.AsyncHTTPTransport(uds=str(serving.api))
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost/v1/", timeout=120) as made:
-        yield made
-
-
 @pytest.fixture
 def openai_client(http: httpx.AsyncClient) -> AsyncOpenAI:
     transport: Any = http
